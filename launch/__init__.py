@@ -1,0 +1,1 @@
+"""Runs: brings pipeline and flash_model together on N devices."""
