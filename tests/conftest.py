@@ -1,0 +1,108 @@
+"""What the machine offers to the tests: which marked tests can run here, and a private cache of compiled ops."""
+
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+# Set by .ci/run, which installs what tests need: there a skip is a failure, except for want of a GPU.
+FORBID_SKIPS = os.environ.get("FORBID_SKIPS") == "1"
+
+
+def _missing_for_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA GPU"
+
+
+def _missing_for_netns() -> str | None:
+    if os.geteuid() != 0:
+        return "not root"
+    commands = [name for name in ("ip", "nsenter", "pdsh", "ssh-keygen", "sshd", "unshare") if not find_command(name)]
+    if commands:
+        return f"not installed: {', '.join(commands)}"
+    probe = subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    return None if probe.returncode == 0 else f"no network namespaces: {probe.stderr.strip()}"
+
+
+def _missing_for_chromium() -> str | None:
+    return None if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) else "no Chromium browser"
+
+
+MISSING: dict[str, Callable[[], str | None]] = {
+    "gpu": functools.cache(_missing_for_gpu),
+    "netns": functools.cache(_missing_for_netns),
+    "chromium": functools.cache(_missing_for_chromium),
+}
+
+
+def find_command(name: str) -> str | None:
+    """Path of a command, looked for where only root usually looks too."""
+    return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip marked tests, with the reason, where the machine lacks what they need."""
+    for item in items:
+        for marker, missing in MISSING.items():
+            if item.get_closest_marker(marker) and (reason := missing()):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
+
+
+def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        report.outcome = "failed"
+        report.longrepr = f"{report.nodeid}: no skip is allowed here. {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if FORBID_SKIPS and not item.get_closest_marker("gpu"):
+        _forbid_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if FORBID_SKIPS and "gpu" not in collector.path.relative_to(collector.config.rootpath).parts:
+        _forbid_skip(report)
+    return report
+
+
+class PrivateExtensions:
+    """A copy of TORCH_EXTENSIONS_DIR for one process of pytest and its children.
+
+    A child killed while it loads a compiled op leaves a lock on which the next one would wait without end. In a copy
+    every lock found between two tests is such a leftover.
+    """
+
+    def __init__(self, source: Path) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="torch-extensions-"))
+        self.source = source
+        shutil.copytree(source, self.root, dirs_exist_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.root)
+
+    def pytest_runtest_setup(self) -> None:
+        for lock in self.root.glob("*/lock"):
+            lock.unlink()
+
+    def pytest_unconfigure(self) -> None:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.source)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    source = Path(os.environ.get("TORCH_EXTENSIONS_DIR", ""))
+    only_distributes = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+    if source.is_absolute() and source.is_dir() and not only_distributes:
+        config.pluginmanager.register(PrivateExtensions(source))
