@@ -49,15 +49,16 @@ check_machine() {
     if ! command -v $compiler >/dev/null; then
         missing+=("no C++ compiler ($compiler), which DeepSpeed needs. Debian, Ubuntu: apt-get install g++")
     elif ! printf '#include <vector>\nint main() { return std::vector<int>{1}[0] - 1; }\n' |
-        $compiler -std=c++17 -x c++ - -o /dev/null 2>/dev/null; then
-        missing+=("the C++ compiler ($compiler) cannot build a C++17 program. Debian, Ubuntu: apt-get install g++")
+        $compiler -std=c++20 -x c++ - -o /dev/null 2>/dev/null; then
+        missing+=("the C++ compiler ($compiler) cannot build C++20 (GCC: 10 or newer). Debian, Ubuntu: apt-get install g++")
     fi
     [ ${#missing[@]} -eq 0 ] || lacks "${missing[@]}"
 }
 
 # What the environment is made of.
 fingerprint() {
-    { echo "$root"; cat pyproject.toml constraints.txt setup-venv.sh; } | sha256sum | cut -d ' ' -f 1
+    echo "$root" # its path is written into the environment's scripts
+    cat pyproject.toml constraints.txt setup-venv.sh | sha256sum
 }
 
 is_complete() {
@@ -77,13 +78,15 @@ install_packages() {
     show_growth 9<&- &
     trap "kill $! 2>/dev/null || true" EXIT
     "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
-    kill $!
+    kill $! || true
+    trap - EXIT
 }
 
 # pip is silent for a minute while it unpacks.
 show_growth() {
     local size before=0
-    while sleep 10; do
+    trap 'kill $!; exit' TERM
+    while sleep 10 & wait $!; do
         size=$(du -sm "$venv" 2>/dev/null | cut -f 1) || true
         [ "$size" = "$before" ] || echo "   .venv holds $size MB"
         before=$size
@@ -118,7 +121,7 @@ if is_complete; then
 fi
 choose_python
 check_machine
-if [ -f "$stamp" ] && serves; then
+if [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$root" ] && serves; then
     rm "$stamp" # pins or settings changed: an update is enough
 else
     rm -rf "$venv"
