@@ -1,0 +1,106 @@
+"""Models on disk: config.json, model.safetensors and tokenizer.model in one directory."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flash_model.config import ModelConfig
+from flash_model.lm import FlashLM, build_model
+
+CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+
+
+def save_model(
+    directory: Path | str, config: ModelConfig, named_tensors: Iterable[tuple[str, Tensor]], tokenizer_path: Path | str
+) -> None:
+    """Write the model into `directory`, which is made if need be; each file is written aside, fsynced and renamed.
+
+    named_tensors: the model's parameters under their names, in the dtype that is to be stored. ValueError, before anything is
+    written, when they are not those of `config`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}
+    problems = _compare(config, tensors)
+    if problems:
+        raise ValueError(f"cannot save the model to {directory}: {'; '.join(problems)}")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _commit(directory / CONFIG, lambda path: path.write_text(config.model_dump_json(indent=2) + "\n"))
+    _commit(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _commit(directory / TOKENIZER, lambda path: shutil.copyfile(tokenizer_path, path))
+
+
+def resolve_model_directory(path: Path | str) -> Path:
+    """Return the model directory that `path` is or holds.
+
+    path: a model directory, a checkpoint directory (with model/ in it) or a run directory (with checkpoints/latest in it, a
+    text file that names a checkpoint). ValueError, with what was looked for, when it is none of them.
+    """
+    path = Path(path)
+    looked_for = [path / CONFIG, path / "model" / CONFIG]
+    latest = path / "checkpoints" / "latest"
+    if latest.is_file():
+        looked_for.append(latest.parent / latest.read_text().strip() / "model" / CONFIG)
+    for candidate in looked_for:
+        if candidate.is_file():
+            return candidate.parent
+    if not latest.is_file():
+        looked_for.append(latest)
+    raise ValueError(f"no model at {path}: there is none of {', '.join(map(str, looked_for))}")
+
+
+def load_model(path: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> FlashLM:
+    """Load the model at `path` (see `resolve_model_directory`) as `dtype`, in evaluation mode.
+
+    ValueError with every problem when the files are missing, unreadable, or do not hold the parameters that the config names.
+    """
+    directory = resolve_model_directory(path)
+    config = load_config(directory)
+    try:
+        tensors = load_file(directory / WEIGHTS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{directory / WEIGHTS} cannot be read: {error}") from error
+    problems = _compare(config, tensors)
+    if problems:
+        raise ValueError(f"{directory / WEIGHTS} does not fit {CONFIG}: {'; '.join(problems)}")
+    model = build_model(config, device="meta", dtype=dtype)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+def load_config(directory: Path | str) -> ModelConfig:
+    """Read the config of the model in `directory`; ValueError when it is missing or wrong."""
+    file = Path(directory) / CONFIG
+    try:
+        return ModelConfig.model_validate(json.loads(file.read_text()))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{file} is not a model config: {'; '.join(problems)}") from error
+
+
+def _compare(config: ModelConfig, tensors: dict[str, Tensor]) -> list[str]:
+    """List how tensors differ in name and shape from the parameters of a model of `config`."""
+    expected = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
+    problems += [f"{name} is no parameter of the model" for name in sorted(tensors.keys() - expected.keys())]
+    for name in sorted(expected.keys() & tensors.keys()):
+        if tuple(tensors[name].shape) != expected[name]:
+            problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {expected[name]}")
+    return problems
+
+
+def _commit(file: Path, write: Callable[[Path], object]) -> None:
+    aside = file.with_name(file.name + ".partial")
+    write(aside)
+    with aside.open("rb+") as handle:
+        os.fsync(handle.fileno())
+    aside.replace(file)

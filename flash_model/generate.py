@@ -1,0 +1,173 @@
+"""Let a trained model write: `python -m flash_model.generate CHECKPOINT --prompt TEXT`."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flash_model.decode import prefill, step
+from flash_model.export import TOKENIZER, load_model, resolve_model_directory
+from flash_model.lm import FlashLM
+
+DOCUMENT_END = 1  # </s>: opens a document as an input, closes it as a target
+NEVER_WRITTEN = (0, 2, 3)  # unknown, padding, mask: never a target in training
+
+
+class Tokenizer(Protocol):
+    """What generation asks of a tokenizer; a SentencePieceProcessor is one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the pieces of text."""
+
+    def decode(self, pieces: list[int]) -> str:
+        """Return the text of pieces."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. ValueError for values that mean nothing."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int | None = None
+    """Draw from this many most likely tokens."""
+    top_p: float | None = None
+    """Draw from the fewest most likely tokens whose probabilities reach this sum."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative: it is {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top-k must be at least 1: it is {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p must be above 0 and at most 1: it is {self.top_p}")
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """Draw a token from logits (V,)."""
+        logits = logits.float().cpu()
+        logits[list(NEVER_WRITTEN)] = -torch.inf
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
+        if self.top_k is not None:
+            probabilities[self.top_k :] = 0
+        if self.top_p is not None:
+            reached_before = probabilities.cumsum(0) - probabilities
+            probabilities[reached_before >= self.top_p * probabilities.sum()] = 0
+        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def generate_tokens(
+    model: FlashLM, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int = 0
+) -> Iterator[int]:
+    """Yield up to max_tokens tokens that follow the document start and the prompt's tokens; ends before a document end."""
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    logits, state = prefill(model, torch.tensor([[DOCUMENT_END, *prompt]], device=device))
+    for written in range(1, max_tokens + 1):
+        token = sampling.draw(logits[0], generator)
+        if token == DOCUMENT_END:
+            return
+        yield token
+        if written < max_tokens:
+            logits = step(model, torch.tensor([token], device=device), state)
+
+
+def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
+    """Yield the text of `tokens`, which follow the prompt's, in parts, as soon as their characters are complete."""
+    context, pending = list(prompt)[-8:], []
+    known = tokenizer.decode(context)
+    for token in tokens:
+        pending.append(token)
+        text = tokenizer.decode(context + pending)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character of several byte pieces is not whole yet
+            yield text[len(known) :]
+            context, pending = pending[-8:], []
+            known = tokenizer.decode(context)
+    if pending:
+        yield tokenizer.decode(context + pending)[len(known) :]
+
+
+def generate_text(
+    model: FlashLM,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_tokens: int = 200,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> str:
+    """Return what the model writes after `prompt`, without the prompt, at the start of a document.
+
+    max_tokens: the most to be written; a document end stops earlier. ValueError for sampling values that mean nothing, and for
+    a sequence that flash_quad cannot read.
+    """
+    pieces = tokenizer.encode(prompt)
+    sampling = Sampling(temperature, top_k, top_p)
+    tokens = generate_tokens(model, pieces, max_tokens=max_tokens, sampling=sampling, seed=seed)
+    return "".join(stream_text(tokenizer, pieces, tokens))
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load the SentencePiece tokenizer of a model directory; ValueError when it cannot be read or lacks the document end."""
+    import sentencepiece
+
+    file = directory / TOKENIZER
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file} cannot be read as a SentencePiece model: {error}") from error
+    if tokenizer.id_to_piece(DOCUMENT_END) != "</s>":
+        raise ValueError(
+            f"{file}: piece {DOCUMENT_END} is {tokenizer.id_to_piece(DOCUMENT_END)!r}, not the document end </s>"
+        )
+    return tokenizer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0, or 2 after one line about what the user can mend."""
+    parser = argparse.ArgumentParser(prog="python -m flash_model.generate", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint or a model directory")
+    parser.add_argument("--prompt", required=True, help="text to go on from; may be empty")
+    parser.add_argument("--max-tokens", type=int, default=200, help="the most tokens to write (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default: %(default)s)")
+    parser.add_argument("--top-k", type=int, help="draw from this many likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach this probability")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="for instance cuda (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        directory = resolve_model_directory(options.checkpoint)
+        tokenizer = load_tokenizer(directory)
+        model = load_model(directory, device=_device(options.device))
+        pieces = tokenizer.encode(options.prompt)
+        tokens = generate_tokens(model, pieces, max_tokens=options.max_tokens, sampling=sampling, seed=options.seed)
+        print(options.prompt, end="", flush=True)
+        for text in stream_text(tokenizer, pieces, tokens):
+            print(text, end="", flush=True)
+        print()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+if __name__ == "__main__":
+    sys.exit(main())

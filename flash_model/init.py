@@ -1,0 +1,33 @@
+"""Initial values: a pure function of (seed, parameter name)."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from flash_model.config import ModelConfig
+
+
+def initial_distribution(name: str, config: ModelConfig) -> tuple[float, float]:
+    """Return mean and standard deviation of a parameter's initial values, by its name (paper, section 3; embedding: ours)."""
+    owner, _, leaf = f".{name}".rpartition(".")
+    if owner.endswith("norm"):
+        return (0.0 if leaf == "bias" else 1.0), 0.0
+    if owner.endswith("positions"):
+        return config.d_model**-0.5, 0.0
+    if leaf in ("bias", "beta"):
+        return 0.0, 0.0
+    return 0.0, config.init_std
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter of `model` with its initial values, drawn on the CPU in float32 whatever its device and dtype."""
+    for name, parameter in model.named_parameters():
+        mean, std = initial_distribution(name, config)
+        values = torch.full(parameter.shape, mean)
+        if std:
+            digest = hashlib.sha256(f"{seed} init {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            values.normal_(mean, std, generator=generator)
+        parameter.copy_(values)

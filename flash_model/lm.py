@@ -1,0 +1,121 @@
+"""Language models: embedding, stack of layers, final norm, head tied to the embedding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flash_model.config import ModelConfig
+from flash_model.gau import GatedAttentionUnit
+from flash_model.init import initialize
+from flash_model.loss import linear_cross_entropy
+from flash_model.norms import build_norm
+from flash_model.positions import sinusoids
+
+
+class TiedEmbedding(nn.Module):
+    """One (V, d_model) matrix that embeds tokens and projects to logits.
+
+    The head goes through this module's forward as well: ZeRO-3 gathers a parameter only where its own module runs.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
+
+    def forward(
+        self, x: Tensor, *, project: bool = False, targets: Tensor | None = None, loss_mask: Tensor | None = None
+    ) -> Tensor:
+        """Embed tokens x (…); or, with `project`, map hidden x (…, d_model) to logits, with `targets` to the summed nats."""
+        if not project:
+            return F.embedding(x, self.weight)
+        if targets is None:
+            return F.linear(x, self.weight)
+        return linear_cross_entropy(x, self.weight, targets, loss_mask)
+
+
+class ScaledSin(nn.Module):
+    """Sinusoids of the positions 0 … T − 1 times one learned scalar (paper, section 3)."""
+
+    def __init__(self, base: float) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = nn.Parameter(torch.empty(()))
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Add to x (B, T, d_model) the scaled sinusoids of positions start …"""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = sinusoids(start, x.shape[1], x.shape[2], base=self.base, dtype=dtype, device=x.device)
+        return x + (table * self.scale).to(x.dtype)
+
+
+class FlashLM(nn.Module):
+    """FLASH or FLASH-Quad as a language model, causal or masked. `config` holds what it is."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = TiedEmbedding(config.vocab_size, config.d_model)
+        self.positions = ScaledSin(config.rope_base) if config.scaled_sin else None
+        self.layers = nn.ModuleList(GatedAttentionUnit(config) for _ in range(config.n_layers))
+        self.norm = build_norm(config.norm, config.d_model, config.norm_eps)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits, or with targets the summed loss.
+
+        Args:
+            tokens: (B, T) integers below vocab_size. Positions count from 0 at the start of the window.
+            targets: (B, T) integers: what each position is to predict.
+            loss_mask: (B, T), zero or False where a target does not count (and may be any number). None: all count.
+            doc_ids: (B, T) integers that do not decrease along T: nothing is read across documents. None: one document.
+
+        Returns:
+            Without targets logits (B, T, V) in the parameters' dtype; with targets the sum of nats over those that count, a
+            float32 scalar (float64 for a float64 model), for which logits exist for a part of the tokens at a time.
+        """
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = self.positions(x)
+        for layer in self.layers:
+            x = layer(x, doc_ids)
+        return self.head(x, targets, loss_mask)
+
+    def head(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
+        """Norm, scale and project what leaves the last layer, (B, T, d_model): logits, or with targets the summed nats."""
+        hidden = self.norm(x) * self.config.logit_scale
+        return self.embedding(hidden, project=True, targets=targets, loss_mask=loss_mask)
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> FlashLM:
+    """Build and initialise the model of `config`.
+
+    Every initial value is a function of (seed, the parameter's name) alone, drawn on the CPU in float32: of no global random
+    state, device, dtype or order. On the device "meta" nothing is allocated nor drawn.
+    """
+    with torch.device("meta"):
+        model = FlashLM(config).to(dtype or torch.float32)
+    device = torch.device(device or "cpu")
+    if device.type != "meta":
+        model.to_empty(device=device)
+        initialize(model, config, seed)
+    return model
+
+
+def decayed_parameters(model: nn.Module) -> set[str]:
+    """Return the names of the true matrices, dense kernels and the embedding: those that weight decay applies to.
+
+    Norms, biases, gamma, beta, position biases and scalars are not among them, whatever their shape.
+    """
+    matrices = (nn.Linear, TiedEmbedding)
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, matrices)}

@@ -1,0 +1,50 @@
+"""What both ops demand of their tensors. Every message names the argument, what it is and what it must be."""
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+def check_projection(
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    doc_ids: Tensor | None,
+    *,
+    heads: int,
+    bias_length: int,
+    bias_rule: str,
+) -> None:
+    """Raise ValueError unless the tensors fit each other in shape, dtype and device."""
+    if gamma.ndim != 2 or gamma.shape[0] != heads or gamma.shape[1] % 2 or gamma.shape[1] == 0:
+        raise ValueError(f"gamma must have shape ({heads}, S) with an even S: it has {tuple(gamma.shape)}")
+    if beta.shape != gamma.shape:
+        raise ValueError(f"beta must have gamma's shape {tuple(gamma.shape)}: it has {tuple(beta.shape)}")
+    S = gamma.shape[1]
+    if uvz.ndim != 3 or uvz.shape[1] == 0:
+        raise ValueError(f"uvz must have shape (B, T, 2E + S) with at least one token: it has {tuple(uvz.shape)}")
+    if uvz.shape[2] <= S or (uvz.shape[2] - S) % 2:
+        raise ValueError(f"uvz must have 2E + S columns where gamma's S is {S}: it has {uvz.shape[2]}")
+    if bias.shape != (bias_length,):
+        raise ValueError(f"bias must have shape ({bias_rule},) = ({bias_length},): it has {tuple(bias.shape)}")
+    if uvz.dtype not in _DTYPES:
+        raise ValueError(f"uvz must be float64, float32 or bfloat16: it is {uvz.dtype}")
+    for name, tensor in (("gamma", gamma), ("beta", beta), ("bias", bias)):
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{name} must be float64, float32 or bfloat16: it is {tensor.dtype}")
+    if doc_ids is not None:
+        if doc_ids.shape != uvz.shape[:2]:
+            raise ValueError(f"doc_ids must have shape (B, T) = {tuple(uvz.shape[:2])}: it has {tuple(doc_ids.shape)}")
+        if doc_ids.is_floating_point() or doc_ids.is_complex() or doc_ids.dtype == torch.bool:
+            raise ValueError(f"doc_ids must be integers: they are {doc_ids.dtype}")
+    for name, other in (("gamma", gamma), ("beta", beta), ("bias", bias), ("doc_ids", doc_ids)):
+        if other is not None and other.device != uvz.device:
+            raise ValueError(f"{name} is on {other.device}, uvz on {uvz.device}: all must be on one device")
+
+
+def check_chunk_size(chunk_size: int) -> None:
+    """Raise ValueError unless chunk_size is a power of two."""
+    if chunk_size < 1 or chunk_size & (chunk_size - 1):
+        raise ValueError(f"chunk_size must be a power of two: it is {chunk_size}")

@@ -1,0 +1,267 @@
+"""Mixed chunk attention, the public op: checks, registration, derivative, FLOP count.
+
+`flash_model::mixed_chunk` and its backward are `torch.library` ops on plain tensors; their implementation for every device is
+the reference, beside which kernels register for their own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from flash_model.ops import reference
+from flash_model.ops.checks import check_chunk_size, check_projection
+from flash_model.ops.heads import accumulation_dtype
+from flash_model.ops.state import AttentionState
+
+
+@overload
+def mixed_chunk_attention(
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    *,
+    chunk_size: int = ...,
+    causal: bool = ...,
+    doc_ids: Tensor | None = ...,
+    start: int = ...,
+    state: AttentionState | None = ...,
+    return_state: Literal[False] = ...,
+    rope_base: float = ...,
+) -> Tensor: ...
+
+
+@overload
+def mixed_chunk_attention(
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    *,
+    chunk_size: int = ...,
+    causal: bool = ...,
+    doc_ids: Tensor | None = ...,
+    start: int = ...,
+    state: AttentionState | None = ...,
+    return_state: Literal[True],
+    rope_base: float = ...,
+) -> tuple[Tensor, AttentionState]: ...
+
+
+def mixed_chunk_attention(
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    *,
+    chunk_size: int = 256,
+    causal: bool = True,
+    doc_ids: Tensor | None = None,
+    start: int = 0,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    rope_base: float = 10000.0,
+) -> Tensor | tuple[Tensor, AttentionState]:
+    """Gated mixed chunk attention of FLASH (Hua et al. 2022): SiLU(u) ⊙ (local + global).
+
+    Args:
+        uvz: (B, T, 2E + S), float64, float32 or bfloat16: the input projection before its SiLU, split into u, v, z. Any T ≥ 1.
+        gamma, beta: (4, S): scale and offset of quad_q, quad_k, lin_q, lin_k. May be float32 beside a bfloat16 uvz.
+        bias: (2C − 1,): the bias of query i on key j of a chunk is bias[j − i + C − 1].
+        chunk_size: C in tokens, a power of two. A short last chunk divides by C all the same, and counts as one.
+        causal: a token reads its own chunk up to itself, and the mean over earlier chunks; else its chunk, and the mean of all.
+        doc_ids: (B, T) integers that do not decrease along T: nothing is read across documents. None: one, numbered 0.
+        start: position of the first token, a multiple of C.
+        state: of the piece of the sequence before this one (causal only); tokens of another document than its own ignore it.
+        return_state: also return the state after the last token; T must then be a multiple of C.
+        rope_base: base of the rotary angles.
+
+    Returns:
+        (B, T, E) in uvz's dtype; with `return_state`, that and the AttentionState. Sums are taken in float32 (float64 for a
+        float64 uvz). Gradients reach uvz, gamma, beta, bias and state.sum, also through the returned sum.
+
+    Raises:
+        ValueError: an argument has an impossible shape, dtype, device or value.
+    """
+    check_chunk_size(chunk_size)
+    check_projection(
+        uvz, gamma, beta, bias, doc_ids, heads=4, bias_length=2 * chunk_size - 1, bias_rule="2·chunk_size − 1"
+    )
+    _check_state(uvz, gamma, chunk_size, causal, start, state, return_state)
+    out, left_sum, left_count, left_doc_id = torch.ops.flash_model.mixed_chunk(
+        uvz,
+        gamma,
+        beta,
+        bias,
+        doc_ids,
+        None if state is None else state.sum,
+        None if state is None else state.count.to(torch.int64),
+        None if state is None else state.doc_id.to(torch.int64),
+        chunk_size,
+        causal,
+        start,
+        rope_base,
+    )
+    if not return_state:
+        return out
+    return out, AttentionState(left_sum, left_count, left_doc_id, _is_single(uvz, doc_ids, state))
+
+
+def _is_single(uvz: Tensor, doc_ids: Tensor | None, state: AttentionState | None) -> Tensor | None:
+    first = uvz.new_zeros(len(uvz), dtype=torch.int64) if doc_ids is None else doc_ids[:, 0]
+    single = torch.ones_like(first, dtype=torch.bool) if doc_ids is None else first == doc_ids[:, -1]
+    if state is None:
+        return single
+    if state.single is None:
+        return None
+    return single & ((state.count == 0) | (state.single & (state.doc_id == first)))
+
+
+def _check_state(
+    uvz: Tensor,
+    gamma: Tensor,
+    chunk_size: int,
+    causal: bool,
+    start: int,
+    state: AttentionState | None,
+    return_state: bool,
+) -> None:
+    B, T, width = uvz.shape
+    S = gamma.shape[1]
+    if start < 0 or start % chunk_size:
+        raise ValueError(f"start must be a multiple of chunk_size {chunk_size}, not negative: it is {start}")
+    if not causal and (state is not None or return_state):
+        raise ValueError("state and return_state need causal=True: a bidirectional sequence cannot be read in pieces")
+    if return_state and T % chunk_size:
+        raise ValueError(f"return_state needs T to be a multiple of chunk_size {chunk_size}: T is {T}")
+    if state is None:
+        return
+    expected = (B, S, (width - S) // 2)
+    if state.sum.shape != expected:
+        raise ValueError(f"state.sum must have shape (B, S, E) = {expected}: it has {tuple(state.sum.shape)}")
+    if not state.sum.is_floating_point():
+        raise ValueError(f"state.sum must be floating point: it is {state.sum.dtype}")
+    for name, tensor in (("count", state.count), ("doc_id", state.doc_id)):
+        if tensor.shape != (B,):
+            raise ValueError(f"state.{name} must have shape (B,) = ({B},): it has {tuple(tensor.shape)}")
+    for name, tensor in (("sum", state.sum), ("count", state.count), ("doc_id", state.doc_id)):
+        if tensor.device != uvz.device:
+            raise ValueError(f"state.{name} is on {tensor.device}, uvz on {uvz.device}")
+
+
+@torch.library.custom_op("flash_model::mixed_chunk", mutates_args=())
+def _mixed_chunk(
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    doc_ids: Tensor | None,
+    state_sum: Tensor | None,
+    state_count: Tensor | None,
+    state_doc_id: Tensor | None,
+    chunk_size: int,
+    causal: bool,
+    start: int,
+    rope_base: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    inputs = reference.Inputs(
+        uvz, gamma, beta, bias, doc_ids, state_sum, state_count, state_doc_id, chunk_size, causal, start, rope_base
+    )
+    out, left_sum, left_count, left_doc_id = reference.forward(inputs)
+    return out, left_sum, left_count.clone(), left_doc_id.clone()
+
+
+@_mixed_chunk.register_fake
+def _(uvz: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, T, width = uvz.shape
+    S = gamma.shape[1]
+    E = (width - S) // 2
+    ids = uvz.new_empty(B, dtype=torch.int64)
+    return uvz.new_empty(B, T, E), uvz.new_empty(B, S, E, dtype=accumulation_dtype(uvz)), ids, torch.empty_like(ids)
+
+
+@torch.library.custom_op("flash_model::mixed_chunk_backward", mutates_args=())
+def _mixed_chunk_backward(
+    grad_out: Tensor,
+    grad_left: Tensor | None,
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    doc_ids: Tensor | None,
+    state_sum: Tensor | None,
+    state_count: Tensor | None,
+    state_doc_id: Tensor | None,
+    chunk_size: int,
+    causal: bool,
+    start: int,
+    rope_base: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = reference.Inputs(
+        uvz, gamma, beta, bias, doc_ids, state_sum, state_count, state_doc_id, chunk_size, causal, start, rope_base
+    )
+    *grads, grad_state = reference.backward(grad_out, grad_left, inputs)
+    return (*grads, uvz.new_empty(0) if grad_state is None else grad_state)  # an op cannot return an optional tensor
+
+
+@_mixed_chunk_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_left: Tensor | None,
+    uvz: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bias: Tensor,
+    doc_ids: Tensor | None,
+    state_sum: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    grad_state = uvz.new_empty(0) if state_sum is None else torch.empty_like(state_sum)
+    return (*(x.new_empty(x.shape) for x in (uvz, gamma, beta, bias)), grad_state)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    uvz, gamma, *_ = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = uvz.new_zeros(*uvz.shape[:2], (uvz.shape[2] - gamma.shape[1]) // 2)
+    *grads, grad_state = torch.ops.flash_model.mixed_chunk_backward(
+        grad_out, grad_left, *ctx.saved_tensors, *ctx.options
+    )
+    has_state = ctx.saved_tensors[5] is not None
+    return (*grads, None, grad_state if has_state else None, None, None, *(None for _ in ctx.options))
+
+
+_mixed_chunk.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def mixed_chunk_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, chunk_size: int, causal: bool) -> int:
+    """Model FLOPs of the forward op for `tokens` tokens in sequences of seq_len: local 2·C·(S + E) a token, half of it when causal, and
+    linear 4·S·E (paper, section 2). Masks of documents are not looked at."""
+    block = min(chunk_size, seq_len)
+    local = 2 * block * (qk_dim + value_dim)
+    return tokens * ((local // 2 if causal else local) + 4 * qk_dim * value_dim)
+
+
+@register_flop_formula(torch.ops.flash_model.mixed_chunk)
+def _forward_flops(uvz: Sequence[int], gamma: Sequence[int], *args: Any, **_: Any) -> int:
+    B, T, width = uvz
+    S = gamma[1]
+    chunk_size, causal = args[6], args[7]
+    return mixed_chunk_flops(B * T, T, S, (width - S) // 2, chunk_size, causal)
+
+
+@register_flop_formula(torch.ops.flash_model.mixed_chunk_backward)
+def _backward_flops(grad_out: Any, grad_left: Any, *args: Any, **_: Any) -> int:
+    return 2 * _forward_flops(*args)
