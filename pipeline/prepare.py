@@ -1,0 +1,371 @@
+"""Text to token shards: the Ray job and its command line.
+
+    python -m pipeline.prepare CONFIG [key=value ...]
+
+Stages: survey (hash the sources, cut them into units), tokenizer, encode (units), write (shards), manifest. What is
+finished is never done again; nothing counts before the manifest is there.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline import encode
+from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
+from pipeline.cluster import ray_cluster, run_tasks
+from pipeline.config import PrepareConfig, load_config
+from pipeline.errors import UserError, run_command
+from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, ShardRecord, dataset_digest, read_manifest
+from pipeline.sources import SourceFile, Survey, cut_units, list_files
+from pipeline.tokenizer import Tokenizer
+
+LOG = "prepare.log"
+_WORKSPACE = ".work"
+_FILES_AT_ONCE = 256
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Make the dataset that `config` describes, or finish it, or find it done; returns its manifest.
+
+    Raises:
+        UserError: the sources, the configuration or the output directory are not what they should be.
+    """
+    files = list_files(config.content)
+    output = config.execution.output.expanduser().absolute()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        held = {entry.name for entry in output.iterdir()}
+        if held and not held & {_WORKSPACE, MANIFEST, LOG}:
+            raise UserError(
+                f"execution.output: {output} holds other files ({min(held)}, …); give a directory of its own"
+            )
+        (output / _WORKSPACE).mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"execution.output: {output}: cannot be written: {error.strerror}") from None
+    with _lock(output), _Log(output / LOG) as say:
+        return _Preparation(config, output, say).run(files)
+
+
+class _Preparation:
+    def __init__(self, config: PrepareConfig, output: Path, say: Callable[[str], None]) -> None:
+        self.config, self.content, self.output, self.say = config, config.content, output, say
+        self.workspace = output / _WORKSPACE
+        self.seconds: dict[str, float] = {}
+
+    def run(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+        if (self.output / MANIFEST).exists():
+            return self._find_done(files)
+        with ray_cluster(self.config.execution) as workers:
+            with self._stage("scan"):
+                surveys, units = self._scan(files, workers)
+            with self._stage("tokenizer"):
+                tokenizer = self._tokenizer(units)
+            with self._stage("encode"):
+                ledger = self._encode(units, tokenizer, workers)
+            with self._stage("write"):
+                shards = self._write(ledger, tokenizer, workers)
+        return self._commit(surveys, tokenizer, ledger, shards)
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - started, 3)
+
+    def _find_done(self, files: Sequence[SourceFile]) -> dict[str, Any]:
+        manifest = read_manifest(self.output)
+        batches = _batches(files, os.cpu_count() or 1)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            surveys = [found for batch in pool.map(self._survey, batches) for found in batch]
+        self._refuse_changes(manifest, self._inputs(surveys))
+        shutil.rmtree(self.workspace, ignore_errors=True)
+        self.say(f"nothing to do: {self.output} holds this dataset, digest {manifest['digest']}")
+        return manifest
+
+    def _survey(self, files: Sequence[SourceFile]) -> list[Survey]:
+        return encode.survey_files(self.content, files)
+
+    def _scan(self, files: Sequence[SourceFile], workers: int) -> tuple[list[Survey], list[encode.Unit]]:
+        jobs = [(self.content, batch) for batch in _batches(files, workers)]
+        surveys = [found for batch in run_tasks(encode.survey_files, jobs, workers) for found in batch]
+        surveys.sort(key=lambda found: (found.file.source, found.file.name))
+        self._bind_workspace(self._inputs(surveys))
+        units = cut_units(surveys, self.content)
+        n_bytes = sum(piece.n_bytes for unit in units for piece in unit)
+        self.say(f"scan: {len(files)} files, {n_bytes / 1e6:.1f} MB of text in {len(units)} units; {workers} workers")
+        return surveys, units
+
+    def _inputs(self, surveys: Sequence[Survey]) -> dict[str, Any]:
+        names = [source.name for source in self.content.sources]
+        record: dict[str, Any] = {
+            "content": self.content.record(),
+            "sources": [found.record(names) for found in surveys],
+        }
+        if self.content.tokenizer.path is not None:
+            path = Path(self.content.tokenizer.path).expanduser()
+            if not path.is_file():
+                raise UserError(f"content.tokenizer.path: {path}: no such file")
+            record["tokenizer"] = {"sha256": hash_file(path)}
+        return record
+
+    def _bind_workspace(self, inputs: dict[str, Any]) -> None:
+        """Tie unfinished work to its inputs: what was made from others is never gone on with."""
+        state, units = self.workspace / "inputs.json", self.workspace / "units"
+        if any(units.glob("*.json")):
+            self._refuse_changes(json.loads(state.read_bytes()), inputs)
+        elif not state.exists() or json.loads(state.read_bytes()) != inputs:
+            for entry in self.workspace.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for folder in (units, self.workspace / "shards"):
+            folder.mkdir(exist_ok=True)
+        write_json(state, inputs)
+
+    def _refuse_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        changes = _config_changes(old["content"], new["content"], "content")
+        changes += _source_changes(old["sources"], new["sources"])
+        if "tokenizer" in new and old["tokenizer"]["sha256"] != new["tokenizer"]["sha256"]:
+            changes.append("content.tokenizer.path: another tokenizer")
+        if changes:
+            shown = changes[:10] + ([f"and {len(changes) - 10} more"] if len(changes) > 10 else [])
+            raise UserError(
+                f"execution.output: {self.output} holds a dataset made from something else. What changed:\n  "
+                + "\n  ".join(shown)
+                + "\nGive a new directory (execution.output=DIR), take the change back, or delete this one."
+            )
+
+    def _tokenizer(self, units: Sequence[encode.Unit]) -> Tokenizer:
+        target = self.output / TOKENIZER
+        done = self.workspace / "tokenizer.done"
+        if not (done.exists() and target.exists() and done.read_text() == hash_file(target)):
+            if self.content.tokenizer.path is not None:
+                given = Tokenizer(Path(self.content.tokenizer.path).expanduser())
+                with write_aside(target) as file:
+                    file.write(given.path.read_bytes())
+            else:
+                self.say("tokenizer: training")
+                for _ in run_tasks(encode.make_tokenizer, [(self.content, units, target)], 1):
+                    pass
+            with write_aside(done) as file:
+                file.write(hash_file(target).encode())
+        tokenizer = Tokenizer(target)
+        self.say(f"tokenizer: {tokenizer.vocab_size} pieces")
+        return tokenizer
+
+    def _encode(
+        self, units: Sequence[encode.Unit], tokenizer: Tokenizer, workers: int
+    ) -> list[dict[str, encode.SplitCounts]]:
+        ledger = [encode.read_ledger(self.workspace, number) for number in range(len(units))]
+        sizes = [sum(piece.n_bytes for piece in unit) for unit in units]
+        todo = [number for number, entry in enumerate(ledger) if entry is None]
+        if len(todo) < len(units):
+            self.say(f"encode: going on; {len(units) - len(todo)} of {len(units)} units are finished")
+        started = last_line = time.monotonic()
+        documents = done_bytes = 0
+        sha256 = hash_file(tokenizer.path)
+        jobs = ((self.content, number, units[number], tokenizer.path, sha256, self.workspace) for number in todo)
+        for finished, number in enumerate(run_tasks(encode.encode_unit, jobs, workers), 1):
+            entry = encode.read_ledger(self.workspace, number)
+            assert entry is not None
+            ledger[number] = entry
+            documents += sum(counts.documents for counts in entry.values())
+            done_bytes += sizes[number]
+            now = time.monotonic()
+            if now - last_line >= _SECONDS_BETWEEN_LINES or finished == len(todo):
+                rate = done_bytes / 1e6 / max(now - started, 1e-9)
+                total = len(units) - len(todo) + finished
+                self.say(
+                    f"encode: {documents:,} documents, {done_bytes / 1e6:.1f} MB, {rate:.1f} MB/s, "
+                    f"{total}/{len(units)} units"
+                )
+                last_line = now
+        return [entry for entry in ledger if entry is not None]
+
+    def _write(
+        self, ledger: Sequence[dict[str, encode.SplitCounts]], tokenizer: Tokenizer, workers: int
+    ) -> dict[str, list[ShardRecord]]:
+        shards: dict[str, dict[int, ShardRecord]] = {}
+        jobs: list[tuple[Any, ...]] = []
+        for split in encode.split_names(self.content):
+            if not sum(counts[split].documents for counts in ledger):
+                raise UserError(self._explain_empty(split, ledger))
+            (self.output / split).mkdir(exist_ok=True)
+            shards[split] = {}
+            plan = encode.plan_shards(self.workspace, len(ledger), split, self.content.shard_tokens)
+            jobs += [
+                (self.workspace, self.output, split, number, parts, tokenizer.vocab_size)
+                for number, parts in enumerate(plan)
+            ]
+        for split, number, record in run_tasks(encode.assemble_shard, jobs, workers):
+            shards[split][number] = record
+        self.say(f"write: {len(jobs)} shards, {sum(r.bytes for s in shards.values() for r in s.values()) / 1e6:.1f} MB")
+        return {split: [records[number] for number in sorted(records)] for split, records in shards.items()}
+
+    @staticmethod
+    def _explain_empty(split: str, ledger: Sequence[dict[str, encode.SplitCounts]]) -> str:
+        total = sum(counts.documents for entry in ledger for counts in entry.values())
+        dropped = sum((Counter(counts.dropped) for entry in ledger for counts in entry.values()), Counter[str]())
+        if not total:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+            return f"content.sources: no document with text{f' (dropped: {reasons})' if reasons else ''}"
+        return (
+            f"content.splits: none of the {total} documents falls into {split!r}; "
+            "raise or lower its fraction, remove the split, or change content.seed"
+        )
+
+    def _commit(
+        self,
+        surveys: Sequence[Survey],
+        tokenizer: Tokenizer,
+        ledger: Sequence[dict[str, encode.SplitCounts]],
+        shards: dict[str, list[ShardRecord]],
+    ) -> dict[str, Any]:
+        inputs = self._inputs(surveys)
+        splits: dict[str, Any] = {}
+        for split, records in shards.items():
+            counts = [entry[split] for entry in ledger]
+            splits[split] = {
+                "documents": sum(count.documents for count in counts),
+                "tokens": sum(count.tokens for count in counts),
+                "utf8_bytes": sum(count.utf8_bytes for count in counts),
+                "dropped": dict(sum((Counter(count.dropped) for count in counts), Counter[str]())),
+                "shards": [asdict(record) for record in records],
+            }
+            for file in (self.output / split).iterdir():
+                if is_aside(file):
+                    file.unlink()
+            sync_directory(self.output / split)
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "digest": "",
+            "content": inputs["content"],
+            "sources": inputs["sources"],
+            "tokenizer": {
+                "file": TOKENIZER,
+                "sha256": hash_file(tokenizer.path),
+                "vocab_size": tokenizer.vocab_size,
+                "unk_id": tokenizer.unk_id,
+                "eos_id": tokenizer.eos_id,
+                "pad_id": tokenizer.pad_id,
+                "mask_id": tokenizer.mask_id,
+            },
+            "splits": splits,
+            "dropped": dict(sum((Counter(entry["dropped"]) for entry in splits.values()), Counter[str]())),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": socket.gethostname(),
+            "execution": self.config.execution.model_dump(mode="json"),
+            "seconds": self.seconds,
+        }
+        manifest["digest"] = dataset_digest(manifest)
+        write_json(self.output / MANIFEST, manifest)
+        shutil.rmtree(self.workspace, ignore_errors=True)
+        for split, entry in splits.items():
+            self.say(
+                f"{split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
+                f"{entry['utf8_bytes']:,} bytes of text, {len(entry['shards'])} shards"
+            )
+        for reason, count in manifest["dropped"].items():
+            self.say(f"dropped: {count} {reason}")
+        self.say(f"done: {self.output}, digest {manifest['digest']}")
+        return manifest
+
+
+def _config_changes(old: Any, new: Any, key: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            change
+            for name in sorted(old.keys() | new.keys())
+            for change in _config_changes(old.get(name), new.get(name), f"{key}.{name}")
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [change for i, (a, b) in pairs for change in _config_changes(a, b, f"{key}.{i}")]
+    return [] if old == new else [f"{key}: was {old!r}, now {new!r}"]
+
+
+def _source_changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
+    before = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in old}
+    after = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in new}
+    return [
+        f"source file {name}: {'added' if name not in before else 'gone' if name not in after else 'changed'}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _batches(files: Sequence[SourceFile], workers: int) -> list[list[SourceFile]]:
+    """Several files a task where there are many, and still several tasks a worker."""
+    size = min(max(1, len(files) // (8 * workers)), _FILES_AT_ONCE)
+    return [list(files[start : start + size]) for start in range(0, len(files), size)]
+
+
+@contextmanager
+def _lock(output: Path) -> Iterator[None]:
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"execution.output: another preparation is writing {output}; wait for it to end") from None
+    finally:
+        os.close(descriptor)
+
+
+class _Log:
+    """Lines for the terminal (or the Ray job's log), and the same lines with their time in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Callable[[str], None]:
+        try:
+            self._file = open(self._path, "a", buffering=1)
+        except OSError:
+            self._file = open(os.devnull, "w")
+        return self._say
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            self._record(f"stopped: {kind.__name__}: {error}")
+        self._file.close()
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+        self._record(line)
+
+    def _record(self, line: str) -> None:
+        with suppress(OSError):
+            self._file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.prepare", description="Turn text into token shards.")
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file; its keys are documented in pipeline/config.py")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="for example execution.output=runs/data")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        prepare(load_config(PrepareConfig, arguments.config, arguments.overrides))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is finished", flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,291 @@
+"""Token shards on disk: Megatron's indexed-dataset format, the manifest that makes shards count, and their reader.
+
+A shard is a pair of files. `.bin` holds the token ids of its documents, one after the other. `.idx` holds, little
+endian: magic (9 bytes), version (uint64), dtype code (uint8), number of sequences n (uint64), number of document
+boundaries (uint64, n + 1), then the n lengths in tokens (int32), the n offsets into `.bin` in bytes (int64) and the
+n + 1 document boundaries in sequences (int64). Here a document is one sequence, so that the boundaries are 0 … n.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.atomic import write_aside
+from pipeline.errors import UserError
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+TRAIN = "train"
+FORMAT = "flash-pretrain/token-shards"
+VERSION = 1
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype("<i4"): 4, np.dtype("<u2"): 8}
+_UINT16_LIMIT = 65500  # Megatron's own limit
+_BLOCK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A shard in the manifest; `bytes` is the size of its `.bin`."""
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    sha256_bin: str
+    sha256_idx: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """uint16 where the vocabulary allows it, else int32."""
+    return np.dtype("<u2") if vocab_size < _UINT16_LIMIT else np.dtype("<i4")
+
+
+class ShardWriter:
+    """Writes `stem`.bin and `stem`.idx aside; both appear when the `with` block ends without an error."""
+
+    def __init__(self, stem: Path, vocab_size: int) -> None:
+        self._stem = stem
+        self._dtype = token_dtype(vocab_size)
+        self._lengths: list[np.ndarray] = []
+        self._sha256 = hashlib.sha256()
+        self._record: ShardRecord | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        self._files = ExitStack()
+        self._bin = self._files.enter_context(write_aside(bin_path(self._stem)))
+        return self
+
+    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append whole documents: their tokens end to end, and the length of each."""
+        self._lengths.append(np.asarray(lengths, "<i4"))
+        for start in range(0, len(tokens), _BLOCK_TOKENS):
+            block = np.ascontiguousarray(tokens[start : start + _BLOCK_TOKENS], self._dtype).data
+            self._bin.write(block)
+            self._sha256.update(block)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths])
+            ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
+            header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self._dtype], len(lengths), len(lengths) + 1)
+            boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+            index = b"".join([header, lengths.tobytes(), (ends - lengths * np.int64(self._dtype.itemsize)).tobytes()])
+            index += boundaries.tobytes()
+            n_bytes = int(ends[-1]) if len(ends) else 0
+            self._files.close()
+            with write_aside(idx_path(self._stem)) as file:
+                file.write(index)
+            self._record = ShardRecord(
+                name=self._stem.name,
+                documents=len(lengths),
+                tokens=n_bytes // self._dtype.itemsize,
+                bytes=n_bytes,
+                sha256_bin=self._sha256.hexdigest(),
+                sha256_idx=hashlib.sha256(index).hexdigest(),
+            )
+        else:
+            self._files.__exit__(kind, error, trace)
+
+    @property
+    def record(self) -> ShardRecord:
+        """What was written; after the `with` block."""
+        assert self._record is not None, "the shard is not complete"
+        return self._record
+
+
+def bin_path(stem: Path) -> Path:
+    """The tokens' file of a shard."""
+    return stem.with_name(f"{stem.name}.bin")
+
+
+def idx_path(stem: Path) -> Path:
+    """The index file of a shard."""
+    return stem.with_name(f"{stem.name}.idx")
+
+
+class Shard:
+    """One shard, memory-mapped.
+
+    Attributes:
+        lengths: (documents,) int32, in tokens, the closing `</s>` included.
+        offsets: (documents,) int64, where each document starts in `tokens`, in bytes (unaligned: slice or bisect it).
+        tokens: (tokens,) uint16 or int32.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        index = np.memmap(idx_path(stem), mode="r")
+        if len(index) < _HEADER.size:
+            raise ValueError(f"{idx_path(stem)}: shorter than an index header")
+        magic, version, code, documents, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
+        dtypes = {known: dtype for dtype, known in _DTYPE_CODES.items()}
+        if magic != _MAGIC or version != 1 or code not in dtypes:
+            raise ValueError(f"{idx_path(stem)}: not an index of version 1 with uint16 or int32 tokens")
+        if boundaries != documents + 1 or len(index) != _HEADER.size + 12 * documents + 8 * boundaries:
+            raise ValueError(f"{idx_path(stem)}: its size does not fit {documents} documents of one sequence each")
+        start = _HEADER.size
+        self.lengths = np.frombuffer(index, "<i4", documents, start)
+        self.offsets = np.frombuffer(index, "<i8", documents, start + 4 * documents)
+        self.boundaries = np.frombuffer(index, "<i8", boundaries, start + 12 * documents)
+        size = bin_path(stem).stat().st_size
+        # An empty file cannot be mapped.
+        self.tokens = np.memmap(bin_path(stem), dtypes[code], "r") if size else np.zeros(0, dtypes[code])
+
+    def document_at(self, token: int) -> int:
+        """The number, in this shard, of the document that holds a token position."""
+        low, high = 0, len(self.offsets)
+        position = token * self.tokens.itemsize
+        # np.searchsorted would copy the unaligned array, and bisect makes no use of its being an array either.
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.offsets[middle] <= position else (low, middle)
+        return low
+
+
+def read_manifest(path: str | Path) -> dict[str, Any]:
+    """The manifest of a dataset directory.
+
+    Raises:
+        UserError: there is none, or it is of another format or a newer version.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path}: not a dataset: it has no {MANIFEST} (preparing writes it last; "
+            "`python -m pipeline.prepare CONFIG` makes or finishes one)"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{file}: damaged: not JSON ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{file}: not a manifest of {FORMAT}")
+    if manifest["version"] != VERSION:
+        raise UserError(f"{file}: version {manifest['version']}; this release reads version {VERSION}: upgrade it")
+    return manifest
+
+
+def dataset_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 (hex) over content, sources, tokenizer and shards: no clock, host, path or execution enters it."""
+    covered = {
+        "format": manifest["format"],
+        "version": manifest["version"],
+        "content": manifest["content"],
+        "sources": manifest["sources"],
+        "tokenizer": manifest["tokenizer"]["sha256"],
+        "shards": {
+            split: [(shard["name"], shard["sha256_bin"], shard["sha256_idx"]) for shard in entry["shards"]]
+            for split, entry in manifest["splits"].items()
+        },
+    }
+    return hashlib.sha256(json.dumps(covered, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _SplitPart:
+    """Where a shard lies in the split: its first token and document."""
+
+    record: ShardRecord
+    first_token: int
+    first_document: int
+
+
+class TokenDataset:
+    """One split of a dataset, memory-mapped: a stream of tokens in which every document ends with `</s>`."""
+
+    def __init__(self, path: Path, split: str, manifest: dict[str, Any]) -> None:
+        entry, tokenizer = manifest["splits"][split], manifest["tokenizer"]
+        self.path, self.split = path, split
+        self.digest: str = manifest["digest"]
+        self.vocab_size: int = tokenizer["vocab_size"]
+        self.unk_id: int = tokenizer["unk_id"]
+        self.eos_id: int = tokenizer["eos_id"]
+        self.pad_id: int = tokenizer["pad_id"]
+        self.mask_id: int = tokenizer["mask_id"]
+        self.n_tokens: int = entry["tokens"]
+        self.n_documents: int = entry["documents"]
+        self.n_utf8_bytes: int = entry["utf8_bytes"]
+        self.tokenizer_path = path / tokenizer["file"]
+        self._parts: list[_SplitPart] = []
+        token = document = 0
+        for record in (ShardRecord(**shard) for shard in entry["shards"]):
+            self._parts.append(_SplitPart(record, token, document))
+            token, document = token + record.tokens, document + record.documents
+        self._first_tokens = np.array([part.first_token for part in self._parts], np.int64)
+        self._shards: dict[int, Shard] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, split: str) -> "TokenDataset":
+        """Open a split after cheap checks: the manifest is there and every file has its size.
+
+        Raises:
+            UserError: not a dataset, no such split, or a file that is missing or of another size.
+        """
+        path = Path(path).absolute()
+        manifest = read_manifest(path)
+        if split not in manifest["splits"]:
+            raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
+        dataset = cls(path, split, manifest)
+        for problem in dataset._size_problems():
+            raise UserError(f"{problem}; `python -m pipeline.verify {path}` checks the whole dataset")
+        return dataset
+
+    def _size_problems(self) -> Iterator[str]:
+        if not self.tokenizer_path.is_file():
+            yield f"{self.tokenizer_path}: missing"
+        for part in self._parts:
+            stem = self.path / self.split / part.record.name
+            index_size = _HEADER.size + 20 * part.record.documents + 8
+            for file, size in ((bin_path(stem), part.record.bytes), (idx_path(stem), index_size)):
+                found = file.stat().st_size if file.is_file() else None
+                if found != size:
+                    yield f"{file}: {'missing' if found is None else f'{found} bytes instead of {size}'}"
+
+    def _shard(self, number: int) -> Shard:
+        if number not in self._shards:
+            self._shards[number] = Shard(self.path / self.split / self._parts[number].record.name)
+        return self._shards[number]
+
+    def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, start, stop) of the parts of [start, stop), counted in each shard."""
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise IndexError(f"[{start}, {stop}) is not in the {self.n_tokens} tokens of {self.split}")
+        number = int(np.searchsorted(self._first_tokens, start, "right")) - 1
+        while start < stop:
+            part = self._parts[number]
+            end = min(stop, part.first_token + part.record.tokens)
+            yield number, start - part.first_token, end - part.first_token
+            start, number = end, number + 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the split: (stop - start,) int64."""
+        out = np.empty(stop - start, np.int64)
+        filled = 0
+        for number, low, high in self._ranges(start, stop):
+            out[filled : filled + high - low] = self._shard(number).tokens[low:high]
+            filled += high - low
+        return out
+
+    def document_numbers(self, start: int, stop: int) -> np.ndarray:
+        """The number, in the split, of the document that holds each token of [start, stop): (stop - start,) int64."""
+        out = np.empty(stop - start, np.int64)
+        filled = 0
+        for number, low, high in self._ranges(start, stop):
+            shard = self._shard(number)
+            first, last = shard.document_at(low), shard.document_at(high - 1)
+            counts = shard.lengths[first : last + 1].astype(np.int64)
+            counts[-1] = high - int(shard.offsets[last]) // shard.tokens.itemsize
+            counts[0] -= low - int(shard.offsets[first]) // shard.tokens.itemsize
+            numbers = np.arange(first, last + 1) + self._parts[number].first_document
+            out[filled : filled + high - low] = np.repeat(numbers, counts)
+            filled += high - low
+        return out
