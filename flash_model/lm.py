@@ -39,7 +39,7 @@ class ScaledSin(nn.Module):
     def __init__(self, base: float) -> None:
         super().__init__()
         self.base = base
-        self.scale = nn.Parameter(torch.empty(()))
+        self.scale = nn.Parameter(torch.empty(1))  # DeepSpeed cannot broadcast a 0-dimensional parameter
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Add to x (B, T, d_model) the scaled sinusoids of positions start …"""

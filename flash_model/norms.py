@@ -10,7 +10,7 @@ class ScaleNorm(nn.Module):
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.gain = nn.Parameter(torch.ones(()))
+        self.gain = nn.Parameter(torch.ones(1))  # DeepSpeed cannot broadcast a 0-dimensional parameter
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,236 @@
+"""The configuration of a run: every key of a run's YAML file, documented where it is declared."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from flash_model.config import ModelConfig
+from launch.deepspeed_config import lint_deepspeed
+from pipeline.config import StrictModel, load_config
+from pipeline.errors import UserError
+
+
+class RunSection(StrictModel):
+    """Where a run lives and how it starts."""
+
+    dir: Path = Field(description="directory that holds everything of the run; relative to the working directory")
+    name: str | None = Field(default=None, description="name shown in MLflow; default: the name of `dir`")
+    seed: int = Field(default=1234, ge=0, description="seed of initialisation and data order")
+    resume: Literal["never", "auto", "must"] = Field(
+        default="never",
+        description="never: an existing run is refused; auto: continue it if there is one (for supervisors); "
+        "must: continue it, an error if there is none. `--resume` on the command line means must",
+    )
+
+
+class DatasetRef(StrictModel):
+    """A split of a prepared dataset."""
+
+    path: Path = Field(description="dataset directory written by pipeline.prepare")
+    split: str = Field(default="valid", description="split to read")
+
+
+class DataSection(StrictModel):
+    """What the model reads."""
+
+    path: Path = Field(description="dataset directory written by pipeline.prepare")
+    split: str = Field(default="train", description="split to train on")
+    seq_len: PositiveInt = Field(description="tokens of a training window")
+    validation: dict[str, DatasetRef] = Field(
+        default_factory=dict, description="named sets to evaluate; metrics are called NAME/loss and so on"
+    )
+
+
+class TrainSection(StrictModel):
+    """How much is trained, in which pieces, and in which precision."""
+
+    tokens: PositiveInt = Field(description="length of the run; rounded up to whole steps")
+    tokens_per_step: PositiveInt = Field(
+        description="global batch in tokens: a multiple of seq_len × micro_batch × processes; accumulation follows"
+    )
+    micro_batch: PositiveInt = Field(default=1, description="sequences a process handles at once")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="bf16",
+        description="bf16: parameters and activations in bfloat16, weights, gradients and states kept in float32",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=1,
+        description="what ZeRO partitions: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters",
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile the model (not with ZeRO-3, which breaks its graph)"
+    )
+    deterministic: bool = Field(
+        default=False, description="on GPUs, deterministic algorithms only: slower, bit-exact resume"
+    )
+    log_every: PositiveInt = Field(default=10, description="steps between progress lines")
+    peak_tflops: PositiveFloat | None = Field(
+        default=None,
+        description="peak TFLOP/s of one device in this precision, for the model FLOP utilisation; "
+        "default: known for common GPUs, no utilisation elsewhere",
+    )
+
+
+class OptimizerSection(StrictModel):
+    """AdamW (Loshchilov & Hutter 2019). Defaults are this project's; the paper's are not known with certainty."""
+
+    lr: PositiveFloat = Field(default=7e-4, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
+    eps: PositiveFloat = 1e-6
+    weight_decay: float = Field(
+        default=0.01, ge=0, description="applied to matrices only: never to scales, offsets or biases"
+    )
+    gradient_clip: float = Field(default=0.1, ge=0, description="largest global gradient norm; 0 turns clipping off")
+
+
+class ScheduleSection(StrictModel):
+    """Learning rate as a function of tokens seen, whatever the batch and the number of processes."""
+
+    kind: Literal["linear", "cosine", "wsd"] = Field(
+        default="linear", description="decay after warm-up: linear, cosine, or warm-up, stable, decay (linear)"
+    )
+    warmup_tokens: int = Field(default=0, ge=0, description="linear warm-up from 0")
+    decay_tokens: int | None = Field(default=None, ge=0, description="wsd only: length of the final decay")
+    final_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="learning rate at the end, as a fraction of the peak"
+    )
+
+
+class EvaluateSection(StrictModel):
+    """When the validation sets are scored. Every set is scored whole."""
+
+    every_tokens: PositiveInt | None = Field(
+        default=None, description="tokens between evaluations; default: at the end only"
+    )
+    micro_batch: PositiveInt | None = Field(default=None, description="sequences at once; default: train.micro_batch")
+
+
+class CheckpointSection(StrictModel):
+    """When the run is saved, and what is kept."""
+
+    every_tokens: PositiveInt | None = Field(
+        default=None, description="tokens between checkpoints; default: at the end only"
+    )
+    keep: PositiveInt = Field(
+        default=2, description="newest checkpoints kept; older ones are deleted after a new one counts"
+    )
+    export_model: bool = Field(
+        default=True,
+        description="also write model/ (float32 safetensors, config, tokenizer), which generate and others read",
+    )
+
+
+class TrackingSection(StrictModel):
+    """MLflow. Records go to metrics.jsonl in the run directory first, whatever the server does."""
+
+    enabled: bool = Field(default=True, description="send records to MLflow")
+    uri: str | None = Field(default=None, description="store; default: sqlite in the run directory (mlflow.db)")
+    experiment: str = Field(default="flash-pretrain", description="MLflow experiment")
+
+
+class RunConfig(StrictModel):
+    """A whole run."""
+
+    run: RunSection
+    model: ModelConfig
+    data: DataSection
+    train: TrainSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict, description="DeepSpeed settings merged last, e.g. zero_optimization.reduce_bucket_size"
+    )
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps."""
+        return -(-self.train.tokens // self.train.tokens_per_step)
+
+    @property
+    def samples_per_step(self) -> int:
+        """Windows in a step, over all processes."""
+        return self.train.tokens_per_step // self.data.seq_len
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        problems = lint_deepspeed(self.deepspeed)
+        train, data, schedule = self.train, self.data, self.schedule
+        if train.tokens_per_step % (data.seq_len * train.micro_batch):
+            unit = data.seq_len * train.micro_batch
+            problems.append(
+                f"train.tokens_per_step: {train.tokens_per_step:,} is not a multiple of data.seq_len × "
+                f"train.micro_batch = {unit:,}; nearest: {_nearest_multiples(train.tokens_per_step, unit)}"
+            )
+        if train.precision == "bf16" and train.zero_stage == 0:
+            problems.append("train.zero_stage: DeepSpeed supports stage 0 in fp32 only; use stage 1 with bf16")
+        if train.compile and train.zero_stage == 3:
+            problems.append(
+                "train.compile: not with ZeRO-3, whose hooks break the graph; use stage 2 or compile: false"
+            )
+        if (schedule.kind == "wsd") != (schedule.decay_tokens is not None):
+            problems.append("schedule.decay_tokens: required with schedule.kind: wsd, and with no other kind")
+        planned = self.steps * train.tokens_per_step
+        if schedule.warmup_tokens + (schedule.decay_tokens or 0) > planned:
+            problems.append(f"schedule: warm-up and decay take more than the {planned:,} tokens of the run")
+        if self.model.norm_length is not None and self.model.norm_length < data.seq_len:
+            problems.append(
+                f"model.norm_length: {self.model.norm_length} is shorter than data.seq_len {data.seq_len}; raise it"
+            )
+        if not self.model.causal:
+            problems.append("model.causal: false cannot be trained to predict the next token; set it to true")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> RunConfig:
+    """Read a run's YAML file with its bases and `key=value` overrides; `resume` stands for `--resume`.
+
+    Raises `UserError` with all problems at once. Paths are made absolute against the working directory.
+    """
+    config = load_config(RunConfig, path, [*overrides, *(["run.resume=must"] if resume else [])])
+    return _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    data = config.data
+    validation = {name: ref.model_copy(update={"path": ref.path.absolute()}) for name, ref in data.validation.items()}
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
+            "data": data.model_copy(update={"path": data.path.absolute(), "validation": validation}),
+        }
+    )
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro batches each process accumulates for one step.
+
+    Raises `UserError` that lists what would divide, if the global batch cannot be cut evenly over `world_size`.
+    """
+    train = config.train
+    per_micro_step = config.data.seq_len * train.micro_batch * world_size
+    if train.tokens_per_step % per_micro_step:
+        sequences = config.samples_per_step
+        worlds = [w for w in range(1, sequences + 1) if sequences % (w * train.micro_batch) == 0]
+        raise UserError(
+            f"train.tokens_per_step: {train.tokens_per_step:,} does not divide over {world_size} processes × "
+            f"micro_batch {train.micro_batch} × seq_len {config.data.seq_len}: either tokens_per_step "
+            f"{_nearest_multiples(train.tokens_per_step, per_micro_step)}, or one of {_listed(worlds)} processes"
+        )
+    return train.tokens_per_step // per_micro_step
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below, above = value // unit * unit, -(-value // unit) * unit
+    return " or ".join(f"{multiple:,}" for multiple in (below, above) if multiple)
+
+
+def _listed(numbers: list[int], most: int = 12) -> str:
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return shown + (", …" if len(numbers) > most else "")

@@ -1,0 +1,162 @@
+"""Processes and the DeepSpeed engine: the only module, with checkpoint.py, that touches DeepSpeed."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from flash_model.lm import build_model, decayed_parameters
+from launch.config import RunConfig, accumulation_steps
+from launch.deepspeed_config import deepspeed_config
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any
+    """A gloo group for small decisions on the CPU: it neither waits for the GPU nor makes the GPU wait."""
+
+    def total(self, *values: int) -> list[int]:
+        """Sums of `values` over all processes."""
+        sums = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(sums, group=self.control)
+        return [int(value) for value in sums]
+
+    def gather(self, value: T) -> list[T]:
+        """`value` of every process, by rank."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value, group=self.control)
+        return gathered
+
+    def once(self, action: Callable[[], T]) -> T:
+        """Run `action` in the first process and return its result in all; a `UserError` is raised in all."""
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [action()]
+            except UserError as error:
+                outcome = [error]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        result: T = outcome[0]
+        return result
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        dist.barrier(group=self.control)
+
+    def leave(self) -> None:
+        """Take leave of the other processes."""
+        dist.destroy_process_group()
+
+
+def check_hostfile() -> None:
+    """Raise `UserError` if the `deepspeed` launcher above this process was given a hostfile that does not exist.
+
+    The launcher itself only warns, and trains on this machine alone.
+    """
+    for ancestor in psutil.Process().parents():
+        try:
+            command, directory = ancestor.cmdline(), ancestor.cwd()
+        except psutil.Error:
+            continue
+        if not any(Path(word).name == "deepspeed" or "deepspeed.launcher.runner" in word for word in command[:4]):
+            continue
+        for position, word in enumerate(command):
+            if word.startswith(("--hostfile=", "-H=")):
+                named = word.split("=", 1)[1]
+            elif word in ("--hostfile", "-H") and position + 1 < len(command):
+                named = command[position + 1]
+            else:
+                continue
+            if not Path(directory, named).is_file():
+                raise UserError(
+                    f"--hostfile: {named} does not exist; write it (lines like `host slots=8`) or leave it out"
+                )
+
+
+def start_processes() -> Processes:
+    """Join the other processes of the run; alone when no launcher set RANK and WORLD_SIZE."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # On CPUs DeepSpeed would compile a shared-memory reduction (80 s, g++) that only its inference code calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+    control = dist.new_group(backend="gloo") if gpu else dist.group.WORLD
+    return Processes(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def build_engine(config: RunConfig, processes: Processes) -> Any:
+    """A DeepSpeed engine around a fresh model and AdamW. Its forward returns summed nats; see `FlashLM.forward`."""
+    import deepspeed
+    from pydantic import ValidationError
+
+    accumulation = accumulation_steps(config, processes.world_size)
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    model = build_model(config.model, seed=config.run.seed)
+    decayed = decayed_parameters(model)
+    named = dict(model.named_parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named.items() if name in decayed]},
+        {"params": [p for name, p in named.items() if name not in decayed], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups,
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        fused=processes.device.type == "cuda",
+    )
+    settings = deepspeed_config(config, accumulation)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    except ValidationError as error:
+        raise UserError(f"deepspeed: DeepSpeed refuses these settings: {error}") from error
+    if config.train.compile:
+        engine.compile()
+    return engine
+
+
+def update(engine: Any) -> float:
+    """Apply the accumulated gradients, clipped; returns their global norm before clipping."""
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm)
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Set the learning rate of every parameter group for the next update."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,245 @@
+"""Send a run's metrics.jsonl to MLflow: `python -m launch.replay RUN_DIR`.
+
+A (metric, step) that the store has already is never sent again, so it does not matter how often this is called, or
+where it was interrupted. How far it came is kept in RUN_DIR/tracking.json.
+"""
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from launch.run_directory import RunDirectory
+from pipeline.atomic import write_json
+from pipeline.errors import UserError, run_command
+
+BATCH = 1000
+"""MLflow takes at most 1,000 metrics and 100 parameters or tags at once."""
+POLL_SECONDS = 1.0
+RETRY_SECONDS = 5.0
+PATIENCE_SECONDS = 30.0
+"""How long a dead server is waited for after the run itself has ended."""
+
+FINAL = ("FINISHED", "FAILED", "KILLED")
+
+logger = logging.getLogger("launch.replay")
+
+
+class Sender:
+    """Carries one run's records, in order, from its directory to an MLflow store."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        import mlflow
+
+        self._directory = directory
+        self._facts: dict[str, Any] = json.loads(directory.facts.read_text())
+        self._state: dict[str, Any] = {"uri": self._facts["uri"], "offset": 0}
+        if directory.tracking.exists():
+            self._state |= json.loads(directory.tracking.read_text())
+        mlflow.set_tracking_uri(self._state["uri"])
+        self._client = mlflow.MlflowClient()
+        self._last_step: dict[str, int] = {}
+        self.status: str | None = None
+
+    def send_new(self) -> bool:
+        """Send what was appended since the last call; True if there was anything. Raises MLflow's errors."""
+        with open(self._directory.metrics, "rb") as file:
+            file.seek(self._state["offset"])
+            lines = file.readlines()
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if not lines:
+            return False
+        run_id = self._run_id()
+        pending: list[dict[str, Any]] = []
+        size = sent = 0
+        for line in lines:
+            record = json.loads(line)
+            if pending and ("metrics" not in record or size + len(record["metrics"]) > BATCH):
+                self._send_metrics(run_id, pending)
+                self._advance(sent)
+                pending, size, sent = [], 0, 0
+            sent += len(line)
+            if "metrics" in record:
+                pending.append(record)
+                size += len(record["metrics"])
+            else:
+                self._send_event(run_id, record)
+                self._advance(sent)
+                sent = 0
+        if pending:
+            self._send_metrics(run_id, pending)
+            self._advance(sent)
+        return True
+
+    def _advance(self, size: int) -> None:
+        self._state["offset"] += size
+        write_json(self._directory.tracking, self._state)
+
+    def _run_id(self) -> str:
+        """The run's id; on first use the run is created, or found if an earlier sender died just after creating it."""
+        from mlflow.entities import Param, RunTag
+
+        if "run_id" in self._state:
+            return str(self._state["run_id"])
+        facts = self._facts
+        experiment = self._client.get_experiment_by_name(facts["experiment"])
+        if experiment is None:
+            local = str(self._state["uri"]).startswith("sqlite:")
+            artifacts = (self._directory.path / "artifacts").as_uri() if local else None
+            experiment_id = self._client.create_experiment(facts["experiment"], artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        uid = facts["uid"]
+        found = self._client.search_runs([experiment_id], f"tags.uid = '{uid}'", max_results=1)
+        if found:
+            run = found[0]
+        else:
+            tags = {"uid": uid, "run_directory": str(self._directory.path)}
+            run = self._client.create_run(experiment_id, run_name=facts["name"], tags=tags)
+        run_id = str(run.info.run_id)
+        parameters = [Param(key, value[:6000]) for key, value in facts["parameters"].items()]
+        for start in range(0, len(parameters), 100):
+            self._client.log_batch(run_id, params=parameters[start : start + 100])
+        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in facts["tags"].items()])
+        self._log_datasets(run_id)
+        self._client.log_artifact(run_id, str(self._directory.config))
+        self._state["run_id"] = run_id
+        write_json(self._directory.tracking, self._state)
+        return run_id
+
+    def _log_datasets(self, run_id: str) -> None:
+        from mlflow.entities import DatasetInput, InputTag, RunTag
+
+        inputs = []
+        for context, dataset in self._facts["datasets"].items():
+            inputs.append(DatasetInput(_dataset_entity(dataset), [InputTag("mlflow.data.context", context)]))
+        self._client.log_inputs(run_id, datasets=inputs)
+        digests = {f"dataset.{context}.digest": d["digest"] for context, d in self._facts["datasets"].items()}
+        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in digests.items()])
+
+    def _send_metrics(self, run_id: str, records: list[dict[str, Any]]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = []
+        for record in records:
+            step, milliseconds = record["step"], int(record["time"] * 1000)
+            for name, value in record["metrics"].items():
+                if step > self._stored_step(run_id, name):
+                    metrics.append(Metric(name, value, milliseconds, step))
+                    self._last_step[name] = step
+        if metrics:
+            try:
+                self._client.log_batch(run_id, metrics=metrics)
+            except Exception:
+                self._last_step.clear()
+                raise
+
+    def _stored_step(self, run_id: str, name: str) -> int:
+        if name not in self._last_step:
+            history = self._client.get_metric_history(run_id, name)
+            self._last_step[name] = max((metric.step for metric in history), default=-1)
+        return self._last_step[name]
+
+    def _send_event(self, run_id: str, record: dict[str, Any]) -> None:
+        if "checkpoint" in record:
+            self._register_checkpoint(run_id, record)
+            return
+        self.status = record["status"]
+        if self.status == "RUNNING":
+            self._client.update_run(run_id, status="RUNNING")
+            return
+        self._log_figure(run_id)
+        self._client.set_terminated(run_id, status=self.status, end_time=int(record["time"] * 1000))
+
+    def end_killed(self) -> None:
+        """Record that the run ended without a word, as after SIGKILL."""
+        self._client.set_terminated(self._run_id(), status="KILLED")
+
+    def _register_checkpoint(self, run_id: str, record: dict[str, Any]) -> None:
+        import mlflow
+
+        path = Path(record["checkpoint"])
+        experiment_id = self._client.get_run(run_id).info.experiment_id
+        same = f"name = '{path.name}' AND source_run_id = '{run_id}'"
+        if not self._client.search_logged_models([experiment_id], filter_string=same, max_results=1):
+            mlflow.create_external_model(
+                name=path.name,
+                source_run_id=run_id,
+                experiment_id=experiment_id,
+                model_type="checkpoint",
+                tags={"path": str(path), "step": str(record["step"])},
+            )
+
+    def _log_figure(self, run_id: str) -> None:
+        from launch.figures import loss_curves
+
+        figure = loss_curves(self._directory.metrics)
+        if figure is not None:
+            self._client.log_figure(run_id, figure, "figures/loss.png")
+
+
+def _dataset_entity(dataset: dict[str, Any]) -> Any:
+    from mlflow.entities import Dataset
+
+    return Dataset(
+        name=dataset["name"],
+        digest=dataset["digest"][:32],
+        source_type="local",
+        source=json.dumps({"uri": dataset["path"]}),
+        profile=json.dumps({key: dataset[key] for key in ("documents", "tokens", "utf8_bytes")}),
+    )
+
+
+def replay(directory: RunDirectory, *, follow: bool) -> int:
+    """Send everything; with `follow`, go on until the parent process has ended. Returns the exit status.
+
+    A server that does not answer is tried again: without end while the parent lives, for `PATIENCE_SECONDS` after.
+    """
+    parent = os.getppid()
+    sender: Sender | None = None
+    ended_at: float | None = None
+    while True:
+        alive = follow and os.getppid() == parent
+        if not alive and ended_at is None:
+            ended_at = time.monotonic()
+        try:
+            sender = sender or Sender(directory)
+            sent = sender.send_new()
+            if sender.status in FINAL:
+                return 0
+            if not alive and not sent:
+                if follow:
+                    sender.end_killed()
+                return 0
+            if alive:
+                time.sleep(POLL_SECONDS)
+        except Exception as error:
+            logger.warning("MLflow did not take the records, they are kept: %s: %s", type(error).__name__, error)
+            if ended_at is not None and time.monotonic() - ended_at > PATIENCE_SECONDS:
+                return 1
+            time.sleep(RETRY_SECONDS)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m launch.replay", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--follow", action="store_true", help="go on until the process that started this one has ended")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    directory = RunDirectory(arguments.run_dir.absolute())
+    if not directory.facts.exists():
+        raise UserError(f"{directory.path}: not a run directory: run.json is missing")
+    with open(directory.path / "replay.lock", "w") as lock:
+        # The sender of an attempt that was killed may still be at work.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return replay(directory, follow=arguments.follow)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,78 @@
+"""The directory that holds everything of a run.
+
+config.yaml (resolved), run.json (environment and data, for the tracker), metrics.jsonl, tracking.json, checkpoints/,
+lock, and DONE once the last step is reached.
+"""
+
+import fcntl
+import json
+import uuid
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from launch.config import RunConfig
+from launch.stop import STOP_FILE
+from pipeline.atomic import write_aside, write_json
+from pipeline.errors import UserError
+
+
+class RunDirectory:
+    """Paths and state of a run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.facts = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tracking = path / "tracking.json"
+        self.checkpoints = path / "checkpoints"
+        self.done = path / "DONE"
+        self._lock: IO[str] | None = None
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists()
+
+    def check(self, resume: str) -> None:
+        """Raise `UserError` if the state on disk does not allow `resume` (never, auto, must)."""
+        if self.exists and resume == "never":
+            raise UserError(f"run.dir: {self.path} already holds a run; add --resume to continue it, or choose another")
+        if resume == "must" and not self.exists:
+            raise UserError(
+                f"run.dir: nothing to resume from: {self.path} holds no run; leave --resume out to start one"
+            )
+
+    def open(self, config: RunConfig, facts: dict[str, Any]) -> None:
+        """Create the directory, lock it against a second trainer, and write the resolved config (first process only)."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")
+        except OSError as error:
+            raise UserError(
+                f"run.dir: cannot write to {self.path}: {error.strerror}; choose another directory"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"run.dir: {self.path} is in use by another trainer; wait for it or choose another"
+            ) from error
+        (self.path / STOP_FILE).unlink(missing_ok=True)
+        self.done.unlink(missing_ok=True)
+        with write_aside(self.config) as file:
+            file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        # The identity outlives restarts: MLflow keeps one run for it.
+        uid = json.loads(self.facts.read_text())["uid"] if self.facts.exists() else uuid.uuid4().hex
+        write_json(self.facts, {"uid": uid, **facts})
+
+    def finish(self, step: int, tokens: int) -> None:
+        """Mark the run as finished."""
+        write_json(self.done, {"step": step, "tokens": tokens})
+
+    @property
+    def done_tokens(self) -> int | None:
+        """Tokens of the finished run, or None while it is not finished."""
+        return int(json.loads(self.done.read_text())["tokens"]) if self.done.exists() else None

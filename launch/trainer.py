@@ -1,0 +1,234 @@
+"""The training loop."""
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flash_model.config import flops_per_token
+from launch.checkpoint import (
+    Progress,
+    check_compatible,
+    load_checkpoint,
+    newest_usable,
+    read_manifest,
+    save_checkpoint,
+)
+from launch.config import RunConfig, accumulation_steps
+from launch.engine import Processes, build_engine, set_learning_rate, update
+from launch.evaluate import evaluate, to_device
+from launch.progress import Pace, progress_line, say
+from launch.run_directory import RunDirectory
+from launch.schedule import learning_rate
+from launch.stop import StopRequest
+from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
+from pipeline.batches import Batch, TrainingStream
+from pipeline.errors import UserError
+from pipeline.shards import TokenDataset
+
+FINISHED, STOPPED, BAD_NUMBERS = 0, 75, 70
+"""Exit statuses: last step reached; stopped cleanly and to be resumed; loss or gradient not finite."""
+
+
+def open_datasets(config: RunConfig) -> tuple[TokenDataset, dict[str, TokenDataset]]:
+    """The training split and the validation sets. Raises `UserError` if one is missing or does not fit the model."""
+    training = TokenDataset.open(config.data.path, config.data.split)
+    validation = {name: TokenDataset.open(ref.path, ref.split) for name, ref in config.data.validation.items()}
+    for dataset in (training, *validation.values()):
+        if dataset.vocab_size > config.model.vocab_size:
+            raise UserError(
+                f"model.vocab_size: {config.model.vocab_size:,} is smaller than the vocabulary of {dataset.path}, "
+                f"which has {dataset.vocab_size:,} pieces; set it to at least that"
+            )
+    return training, validation
+
+
+def train(config: RunConfig, processes: Processes) -> int:
+    """Train to the last step or to a reason to stop; returns the exit status. Called by all processes."""
+    directory = RunDirectory(config.run.dir)
+    training, validation = open_datasets(config)
+    accumulation = accumulation_steps(config, processes.world_size)
+    resume_from = _choose_start(config, directory, processes)
+    attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
+    facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
+    processes.once(lambda: directory.open(config, facts))
+    stop = StopRequest(config.run.dir)
+    tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
+
+    engine = build_engine(config, processes)
+    progress = Progress(
+        0, 0, TrainingStream(training, seq_len=config.data.seq_len, seed=config.run.seed).state, attempt
+    )
+    if resume_from is not None:
+        saved = load_checkpoint(resume_from, read_manifest(resume_from), engine, processes)
+        progress = replace(saved, attempt=attempt)
+        stream = TrainingStream(training, seq_len=config.data.seq_len, seed=config.run.seed, state=progress.data)
+        say(f"continuing from {resume_from.name}: {progress.tokens:,} tokens seen")
+    pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
+
+    def save() -> None:
+        path = save_checkpoint(
+            directory.checkpoints,
+            engine,
+            processes,
+            config,
+            progress,
+            tokenizer=training.tokenizer_path,
+            mlflow_run_id=tracker.run_id if tracker else None,
+        )
+        say(f"saved {path}")
+        if tracker:
+            tracker.checkpoint(progress.step, path)
+
+    def score() -> None:
+        micro_batch = config.evaluate.micro_batch or config.train.micro_batch
+        for name, dataset in validation.items():
+            started = time.monotonic()
+            scores = evaluate(engine, dataset, processes, seq_len=config.data.seq_len, micro_batch=micro_batch)
+            metrics = {f"{name}/{key}": value for key, value in scores.items()}
+            listed = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
+            say(f"{name}: {listed}  ({dataset.n_tokens:,} tokens in {time.monotonic() - started:.0f} s)")
+            if tracker:
+                tracker.log(progress.step, metrics | {"train/tokens": progress.tokens})
+
+    status, saved_step = FINISHED, progress.step if resume_from is not None else None
+    outcome = "FAILED"
+    try:
+        while progress.step < config.steps:
+            pace.start_step()
+            samples = stream.take(config.samples_per_step)
+            micro_batches = _micro_batches(stream, samples, config, processes, accumulation)
+            targets = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
+            reason = stop.reason
+            # One sum over all processes: how many targets the step has, and whether anyone wants to stop.
+            targets, stopping = processes.total(targets, reason is not None)
+            pace.data_ready()
+            if stopping:
+                say(f"stopping: {_first(processes.gather(reason))}")
+                status = STOPPED
+                break
+
+            # DeepSpeed averages over processes and micro batches; the loss is a sum over the step's global targets.
+            scale = processes.world_size * accumulation / max(targets, 1)
+            nats = torch.zeros((), dtype=torch.float64, device=processes.device)
+            for position, batch in enumerate(micro_batches):
+                summed = engine(*to_device(batch, processes.device))
+                nats += summed.detach().double()
+                engine.backward(summed * scale)
+                if position < accumulation - 1:
+                    engine.step()
+            dist.all_reduce(nats)
+            loss = nats.item() / max(targets, 1)
+            if not math.isfinite(loss):
+                status = _report_bad_numbers(progress, "loss", loss, samples)
+                break
+            lr = learning_rate(config, progress.step)
+            set_learning_rate(engine, lr)
+            norm = update(engine)
+            if not math.isfinite(norm):
+                status = _report_bad_numbers(progress, "gradient norm", norm, samples)
+                break
+            tokens_before = progress.tokens
+            progress = replace(
+                progress, step=progress.step + 1, tokens=tokens_before + config.train.tokens_per_step, data=stream.state
+            )
+            pace.end_step()
+
+            last = progress.step == config.steps
+            if tracker:
+                metrics = {
+                    "train/loss": loss,
+                    "train/grad_norm": norm,
+                    "train/lr": lr,
+                    "train/tokens": progress.tokens,
+                    **pace.metrics,
+                }
+                logged = progress.step % config.train.log_every == 0 or last
+                tracker.log(progress.step, metrics | (system_metrics() if logged else {}))
+                if logged or progress.step == 1:
+                    say(progress_line(config, progress, metrics, pace))
+            if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
+                score()
+                pace.pause()
+            if last or _passed(config.checkpoint.every_tokens, tokens_before, progress.tokens):
+                save()
+                saved_step = progress.step
+                pace.pause()
+        if status == STOPPED and saved_step != progress.step:
+            save()
+        if status == FINISHED:
+            processes.once(lambda: directory.finish(progress.step, progress.tokens))
+            say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
+        outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
+    finally:
+        if tracker and (message := tracker.close(outcome)):
+            say(message)
+    processes.barrier()
+    return status
+
+
+def _choose_start(config: RunConfig, directory: RunDirectory, processes: Processes) -> Path | None:
+    """The checkpoint to continue from, agreed by all processes; None to start anew."""
+
+    def choose() -> Path | None:
+        directory.check(config.run.resume)
+        if not directory.exists:
+            return None
+        checkpoint, passed_over = newest_usable(directory.checkpoints)
+        for reason in passed_over:
+            say(reason)
+        if checkpoint is None:
+            if config.run.resume == "must" or passed_over:
+                raise UserError(
+                    f"run.dir: nothing to resume from: {directory.checkpoints} holds no usable checkpoint; "
+                    "delete the directory to start anew"
+                )
+            return None
+        check_compatible(checkpoint, read_manifest(checkpoint), config, processes.world_size)
+        return checkpoint
+
+    return processes.once(choose)
+
+
+def _micro_batches(
+    stream: TrainingStream, samples: list[int], config: RunConfig, processes: Processes, accumulation: int
+) -> list[Batch]:
+    """This process's share of a step's samples, cut into micro batches."""
+    size = config.train.micro_batch
+    starts = [(position * processes.world_size + processes.rank) * size for position in range(accumulation)]
+    return [stream.load(samples[start : start + size]) for start in starts]
+
+
+def _passed(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` tokens lies in (before, now]."""
+    return every is not None and now // every > before // every
+
+
+def _report_bad_numbers(progress: Progress, what: str, value: float, samples: list[int]) -> int:
+    say(
+        f"error: the {what} of step {progress.step + 1} is {value}; its samples: {samples}. The step was not saved: "
+        "resume from the last checkpoint with a lower optimizer.lr"
+    )
+    return BAD_NUMBERS
+
+
+def _first(reasons: list[str | None]) -> str:
+    return next(reason for reason in reasons if reason)
+
+
+def _dataset_facts(training: TokenDataset, validation: dict[str, TokenDataset]) -> dict[str, dict[str, Any]]:
+    return {
+        context: {
+            "name": f"{dataset.path.name}/{dataset.split}",
+            "digest": dataset.digest,
+            "path": str(dataset.path),
+            "documents": dataset.n_documents,
+            "tokens": dataset.n_tokens,
+            "utf8_bytes": dataset.n_utf8_bytes,
+        }
+        for context, dataset in {"training": training, **validation}.items()
+    }
