@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flash_model.gau import GatedAttentionUnit
 from flash_model.lm import FlashLM
-from flash_model.ops import AttentionState, mixed_chunk_attention
+from flash_model.ops import mixed_chunk_attention
 from flash_model.ops.heads import accumulation_dtype, rotated_heads
 from flash_model.positions import cos_sin
 
@@ -75,6 +75,8 @@ def prefill(model: FlashLM, tokens: Tensor) -> tuple[Tensor, DecodeState]:
     x = _embed(model, tokens, 0)
     state = DecodeState(position=tokens.shape[1])
     for layer in model.layers:
+        assert isinstance(layer, GatedAttentionUnit)
+        memory: ChunkMemory | GrowingMemory
         x, memory = _read_chunks(layer, x) if config.architecture == "flash" else _read_all(layer, x)
         state.layers.append(memory)
     return model.head(x[:, -1:])[:, 0], state
@@ -86,8 +88,11 @@ def step(model: FlashLM, token: Tensor, state: DecodeState) -> Tensor:
     _check_length(model, state.position + 1)
     x = _embed(model, token[:, None], state.position)
     for layer, memory in zip(model.layers, state.layers, strict=True):
-        advance = _advance_chunk if isinstance(memory, ChunkMemory) else _advance_all
-        x = advance(layer, x, memory, state.position)
+        assert isinstance(layer, GatedAttentionUnit)
+        if isinstance(memory, ChunkMemory):
+            x = _advance_chunk(layer, x, memory, state.position)
+        else:
+            x = _advance_all(layer, x, memory, state.position)
     state.position += 1
     return model.head(x)[:, 0]
 

@@ -10,9 +10,9 @@ from flash_model.positions import rotary_bias
 
 
 class GatedAttentionUnit(nn.Module):
-    """x + contract(SiLU(u) ⊙ attention(v, z)) with u, v, z = expand(norm(x)); the attention is the architecture's (paper, sections 1, 2).
+    """x + contract(SiLU(u) ⊙ attention(v, z)) with u, v, z = expand(norm(x)) (paper, sections 1 and 2).
 
-    It owns the op's parameters, because the module that calls an op must (ZeRO-3 gathers parameters module by module).
+    It owns the op's parameters, because the module that calls an op must: ZeRO-3 gathers parameters module by module.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -1,7 +1,7 @@
 """Angles, rotations and sinusoids of positions.
 
-Angles come from float64 and their sines and cosines are rounded once: a table for the starts of blocks times a table for
-the offsets inside a block. A float32 position times a frequency would be off by 8e-3 at 131,072 positions.
+Angles come from float64 and their sines and cosines are rounded once: a table for the starts of blocks times a table
+for the offsets inside a block. A float32 position times a frequency would be off by 8e-3 at 131,072 positions.
 """
 
 import torch
@@ -23,9 +23,9 @@ def cos_sin(
     dtype: torch.dtype,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine, each (length, half) of `dtype`, of position × frequency for positions start … start + length − 1.
+    """Return cosine and sine of position × frequency for positions start …, each (length, half) of `dtype`.
 
-    `block` is the length of the offset table: only length/block + block angles are evaluated.
+    `block` is the length of the offset table: only length/block + block angles are evaluated for each frequency.
     """
     frequency = frequencies(half, base, device)
     starts = start + block * torch.arange(-(-length // block), dtype=torch.float64, device=device)
@@ -39,9 +39,9 @@ def cos_sin(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[k], x[k + half]) of the last dimension by angles whose cos and sin broadcast over the rest (RoPE).
+    """Rotate the pairs (x[k], x[k + half]) of the last dimension by the angles of cos and sin, (T, half): RoPE.
 
-    Its inverse and its gradient are the rotation by `-sin`.
+    Its inverse and its gradient are the rotation by `-sin`. Not differentiated by autograd: it writes in place.
     """
     x1, x2 = x.chunk(2, dim=-1)
     half = x1.shape[-1]
@@ -52,10 +52,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotary_bias(a: Tensor, b: Tensor, extent: int, *, base: float) -> Tensor:
-    """Return the Toeplitz vector (2·extent − 1,) of aᵀ R_i R_jᵀ b: element j − i + extent − 1 is the bias of query i on key j.
+    """Return aᵀ R_i R_jᵀ b as a Toeplitz vector (2·extent − 1,): element j − i + extent − 1 is that of query i, key j.
 
-    a, b: (S,) learned. A product of two rotations depends on i − j alone, so no (extent, extent) tensor is needed (paper,
-    relative position bias for 512 positions and more).
+    a, b: (S,) learned. A product of two rotations depends on i − j alone, so no (extent, extent) tensor is needed
+    (paper, section 3: 512 positions and more).
     """
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     (a1, a2), (b1, b2) = a.to(dtype).chunk(2), b.to(dtype).chunk(2)

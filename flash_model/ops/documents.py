@@ -1,7 +1,7 @@
 """Which token reads which: documents, and the routes of the linear part from chunk to chunk.
 
-Chunk boundaries are fixed and document ids never decrease, so only a chunk's first document can read what comes from before
-it and only its last can be carried on (the other way round for what comes from behind).
+Chunk boundaries are fixed and document ids never decrease, so only a chunk's first document can read what comes from
+before it and only its last can be carried on (the other way round for what comes from behind).
 
 Shape letters: B batch, T time, G chunks, C chunk, S query/key, E values.
 """
@@ -83,7 +83,7 @@ class _Following(NamedTuple):
 
 
 def _follow(documents: Tensor, edge: Tensor, count: Tensor, doc_id: Tensor) -> _Following:
-    """Follow, in the order of the chunks, the documents `edge` (B, G) that they hand on, after a state of count and doc_id (B,)."""
+    """Follow, chunk by chunk, the documents `edge` (B, G) that they hand on, after a state of count and doc_id (B,)."""
     index = torch.arange(edge.shape[1], device=edge.device)
     arriving_id = torch.cat([doc_id[:, None], edge[:, :-1]], 1)
     keep = edge == arriving_id
@@ -103,7 +103,7 @@ def plan_reading(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Reading:
-    """Plan the reading of sequences of doc_ids (B, T), after a state of (count, doc_id); shape is (B, G, C), weights are `dtype`."""
+    """Plan the reading of doc_ids (B, T), after a state of (count, doc_id). shape: (B, G, C); dtype: of the weights."""
     B, G, C = shape
     if doc_ids is None:
         documents = torch.zeros((), dtype=torch.int64, device=device).expand(shape)
@@ -117,8 +117,8 @@ def plan_reading(
 
     if doc_ids is None and not causal:
         weights = torch.tensor([1 / C, 1 / G, 1], dtype=dtype, device=device)[:, None, None, None, None]
-        write, read, keep = weights.expand(3, B, G, C, 1)
-        return Reading((Route(write, read, keep[:, :, :1], None),), None, None, last.new_full((B,), G), last[:, -1])
+        one, every, kept = weights.expand(3, B, G, C, 1)
+        return Reading((Route(one, every, kept[:, :, :1], None),), None, None, last.new_full((B,), G), last[:, -1])
 
     count, doc_id = entering or (last.new_zeros(B), first[:, 0])
     past = _follow(documents, last, count, doc_id)
@@ -127,7 +127,8 @@ def plan_reading(
         return Reading((route,), same, None, past.left_count, last[:, -1])
 
     backwards = _follow(documents.flip(1), first.flip(1), torch.zeros_like(count), last[:, -1])
-    future = _Following(*(x.flip(1) for x in backwards[:3]), backwards.left_count)
+    writes, chunks, keep = (x.flip(1) for x in backwards[:3])
+    future = _Following(writes, chunks, keep, backwards.left_count)
     holding = 1 + past.chunks + future.chunks
     routes = (past.route(holding, range(G), dtype), future.route(holding, range(G)[::-1], dtype))
     return Reading(routes, same, (holding.to(dtype) * C).reciprocal()[..., None], past.left_count, last[:, -1])

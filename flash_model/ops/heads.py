@@ -49,15 +49,15 @@ def toeplitz(bias: Tensor, first_row: int, rows: int, columns: int) -> Tensor:
 
 
 def add_toeplitz_adjoint(grad_bias: Tensor, grad: Tensor, first_row: int) -> None:
-    """Add to grad_bias (2L − 1,) the sums over the diagonals of grad (rows, columns), the gradient of `toeplitz`'s result."""
+    """Add to grad_bias (2L − 1,) the sums over the diagonals of grad (rows, columns), the gradient of `toeplitz`."""
     rows, columns = grad.shape
     low = (len(grad_bias) + 1) // 2 - (first_row + rows)
-    # Rows one element longer than the view they are read back with shift by one more place each: diagonals become columns.
+    # Read back as rows one element shorter, each row shifts by one more place: diagonals become columns.
     skewed = F.pad(grad.flip(0), (0, rows)).flatten()[: rows * (rows + columns - 1)].view(rows, rows + columns - 1)
     grad_bias[low : low + rows + columns - 1] += skewed.sum(0)
 
 
 def check_documents(doc_ids: Tensor | None) -> None:
-    """Raise ValueError unless doc_ids (B, T) never decrease along T. Looked at on the CPU alone: elsewhere it would wait."""
+    """Raise ValueError unless doc_ids (B, T) never decrease along T; only on the CPU: a GPU would be waited for."""
     if doc_ids is not None and doc_ids.device.type == "cpu" and bool((doc_ids.diff(dim=1) < 0).any()):
         raise ValueError("doc_ids must not decrease along T: number the documents of a sequence in their order")

@@ -1,7 +1,7 @@
 """Mixed chunk attention, the public op: checks, registration, derivative, FLOP count.
 
-`flash_model::mixed_chunk` and its backward are `torch.library` ops on plain tensors; their implementation for every device is
-the reference, beside which kernels register for their own.
+`flash_model::mixed_chunk` and its backward are `torch.library` ops on plain tensors; their implementation for every
+device is the reference, beside which kernels register for their own.
 """
 
 from collections.abc import Sequence
@@ -68,20 +68,22 @@ def mixed_chunk_attention(
     """Gated mixed chunk attention of FLASH (Hua et al. 2022): SiLU(u) ⊙ (local + global).
 
     Args:
-        uvz: (B, T, 2E + S), float64, float32 or bfloat16: the input projection before its SiLU, split into u, v, z. Any T ≥ 1.
+        uvz: (B, T, 2E + S), float64, float32 or bfloat16: the input projection before its SiLU, split into u, v, z.
+            Any T ≥ 1.
         gamma, beta: (4, S): scale and offset of quad_q, quad_k, lin_q, lin_k. May be float32 beside a bfloat16 uvz.
         bias: (2C − 1,): the bias of query i on key j of a chunk is bias[j − i + C − 1].
         chunk_size: C in tokens, a power of two. A short last chunk divides by C all the same, and counts as one.
-        causal: a token reads its own chunk up to itself, and the mean over earlier chunks; else its chunk, and the mean of all.
+        causal: a token reads its own chunk up to itself, and the mean over earlier chunks; else its own chunk and the
+            mean over all.
         doc_ids: (B, T) integers that do not decrease along T: nothing is read across documents. None: one, numbered 0.
         start: position of the first token, a multiple of C.
-        state: of the piece of the sequence before this one (causal only); tokens of another document than its own ignore it.
+        state: of the piece of the sequence before this one (causal only); tokens of another document ignore it.
         return_state: also return the state after the last token; T must then be a multiple of C.
         rope_base: base of the rotary angles.
 
     Returns:
-        (B, T, E) in uvz's dtype; with `return_state`, that and the AttentionState. Sums are taken in float32 (float64 for a
-        float64 uvz). Gradients reach uvz, gamma, beta, bias and state.sum, also through the returned sum.
+        (B, T, E) in uvz's dtype; with `return_state`, that and the AttentionState. Sums are taken in float32 (float64
+        for a float64 uvz). Gradients reach uvz, gamma, beta, bias and state.sum, also through the returned sum.
 
     Raises:
         ValueError: an argument has an impossible shape, dtype, device or value.
@@ -203,8 +205,7 @@ def _mixed_chunk_backward(
     inputs = reference.Inputs(
         uvz, gamma, beta, bias, doc_ids, state_sum, state_count, state_doc_id, chunk_size, causal, start, rope_base
     )
-    *grads, grad_state = reference.backward(grad_out, grad_left, inputs)
-    return (*grads, uvz.new_empty(0) if grad_state is None else grad_state)  # an op cannot return an optional tensor
+    return reference.backward(grad_out, grad_left, inputs)
 
 
 @_mixed_chunk_backward.register_fake
@@ -218,9 +219,10 @@ def _(
     doc_ids: Tensor | None,
     state_sum: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, ...]:
-    grad_state = uvz.new_empty(0) if state_sum is None else torch.empty_like(state_sum)
-    return (*(x.new_empty(x.shape) for x in (uvz, gamma, beta, bias)), grad_state)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_state = uvz.new_empty(0) if state_sum is None else state_sum.new_empty(state_sum.shape)
+    grads = [x.new_empty(x.shape) for x in (uvz, gamma, beta, bias)]
+    return grads[0], grads[1], grads[2], grads[3], grad_state
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,8 +249,11 @@ _mixed_chunk.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def mixed_chunk_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, chunk_size: int, causal: bool) -> int:
-    """Model FLOPs of the forward op for `tokens` tokens in sequences of seq_len: local 2·C·(S + E) a token, half of it when causal, and
-    linear 4·S·E (paper, section 2). Masks of documents are not looked at."""
+    """Return the model FLOPs of the forward op for `tokens` tokens in sequences of seq_len.
+
+    A token costs 2·C·(S + E) in its chunk, half of it when causal, and 4·S·E in the linear part (paper, section 2).
+    Documents are not looked at.
+    """
     block = min(chunk_size, seq_len)
     local = 2 * block * (qk_dim + value_dim)
     return tokens * ((local // 2 if causal else local) + 4 * qk_dim * value_dim)

@@ -23,7 +23,7 @@ def quadratic_attention(
     start: int = 0,
     rope_base: float = 10000.0,
 ) -> Tensor:
-    """Gated squared-ReLU attention over the whole sequence (FLASH-Quad, Hua et al. 2022): SiLU(u) ⊙ (relu(q kᵀ/n + b)² v).
+    """Gated attention of FLASH-Quad (Hua et al. 2022) over the whole sequence: SiLU(u) ⊙ (relu(q kᵀ/n + b)² v).
 
     Args:
         uvz: (B, T, 2E + S), float64, float32 or bfloat16: the input projection before its SiLU, split into u, v, z.
@@ -119,7 +119,7 @@ _quadratic.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def quadratic_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, causal: bool) -> int:
-    """Model FLOPs of the forward op for `tokens` tokens in sequences of seq_len: 2·T·(S + E) a token, half of it when causal."""
+    """Return the model FLOPs of the forward op: 2·seq_len·(S + E) for each of `tokens` tokens, half of it when causal."""
     total = tokens * 2 * seq_len * (qk_dim + value_dim)
     return total // 2 if causal else total
 

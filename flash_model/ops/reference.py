@@ -4,6 +4,7 @@ Section 2 of the paper. Time and memory are linear in T, and backward recomputes
 
 Shape letters: B batch, T time, G chunks, C chunk, S query/key, E values, H = 4 heads (quad_q, quad_k, lin_q, lin_k).
 """
+# ruff: noqa: N815
 
 from typing import NamedTuple
 
@@ -56,7 +57,7 @@ class _Pass(NamedTuple):
     lin_k: Tensor
     values_BGCE: Tensor
     reading: Reading
-    mask: Tensor | None  # (B, G, C, C), where it is not simply the causal triangle, or nothing
+    mask: Tensor | None  # (B, G, C, C) bool: pairs of one document, causal or not; None: there is one document
     relu_BGCC: Tensor
     weights_BGCC: Tensor
     arrivals: list[Tensor]  # (B, G, S, E) for every route
@@ -95,7 +96,7 @@ def _attend(inputs: Inputs) -> _Pass:
     elif inputs.causal:
         relu_BGCC.tril_()
     weights_BGCC = relu_BGCC.square()
-    if reading.own is not None:
+    if reading.own is not None and mask is not None:
         weights_BGCC.addcmul_((lin_q * reading.own) @ lin_k.mT, mask)
 
     attended_BGCE = weights_BGCC @ values_BGCE
@@ -117,15 +118,16 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return SiLU(u) ⊙ attended (B, T, E) in uvz's dtype, and the sum, count and document of the state that leaves."""
     done = _attend(inputs)
     out = F.silu(done.u_BTE).mul_(done.attended_BTE)[:, : inputs.uvz.shape[1]]
-    return out.to(inputs.uvz.dtype), done.left, done.reading.left_count, done.reading.left_doc_id
+    return out.to(inputs.uvz.dtype).contiguous(), done.left, done.reading.left_count, done.reading.left_doc_id
 
 
 def backward(
     grad_out: Tensor, grad_left: Tensor | None, inputs: Inputs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of uvz, gamma, beta, bias and the sum of the state that entered, each in its input's dtype.
 
-    grad_out: (B, T, E). grad_left: (B, S, E), the gradient of the sum of the state that leaves, or None.
+    grad_out: (B, T, E). grad_left: (B, S, E), the gradient of the sum of the state that leaves, or None. Where no state
+    entered, its gradient is an empty tensor: an op cannot return none.
     """
     done = _attend(inputs)
     B, G, C, E = done.values_BGCE.shape
@@ -142,7 +144,7 @@ def backward(
     grad_quad_q, grad_quad_k, grad_lin_q, grad_lin_k = grad_heads
     grad_weights = grad_BGCE @ done.values_BGCE.mT
     grad_values = done.weights_BGCC.mT @ grad_BGCE
-    if done.reading.own is not None:
+    if done.reading.own is not None and done.mask is not None:
         grad_own = grad_weights * done.mask
         torch.mul(grad_own @ done.lin_k, done.reading.own, out=grad_lin_q)
         torch.matmul(grad_own.mT, done.lin_q * done.reading.own, out=grad_lin_k)
@@ -155,7 +157,7 @@ def backward(
     torch.matmul(grad_scores.mT, done.quad_q, out=grad_quad_k)
     grad_heads[:2].mul_(1 / C)
 
-    grad_state = None
+    grad_state = grad_out.new_empty(0)
     for route, arriving_BGSE in zip(done.reading.routes, done.arrivals, strict=True):
         grad_lin_q.addcmul_(grad_BGCE @ arriving_BGSE.mT, route.read)
         grad_arriving = (done.lin_q * route.read).mT @ grad_BGCE
@@ -163,7 +165,7 @@ def backward(
         grad_lin_k.addcmul_(done.values_BGCE @ grad_sums.mT, route.write)
         grad_values.add_((done.lin_k * route.write) @ grad_sums)
         if inputs.state_sum is not None:
-            grad_state = grad_initial.to(inputs.state_sum.dtype)
+            grad_state = grad_initial.to(inputs.state_sum.dtype).contiguous()
 
     grad_uvz[..., E : 2 * E] = silu_adjoint(grad_values.view(B, G * C, E), done.v_BTE)[:, :T]
     grad_z, grad_gamma, grad_beta = rotated_heads_adjoint(
