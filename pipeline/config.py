@@ -14,6 +14,8 @@ from pipeline.errors import UserError
 T = TypeVar("T", bound=BaseModel)
 Key = tuple[str | int, ...]
 
+_INTERPOLATION_PREFIX = "KeyError raised while resolving interpolation: "
+
 
 class StrictModel(BaseModel):
     """A frozen pydantic model that refuses keys it does not know."""
@@ -225,7 +227,8 @@ def load_config(model: type[T], path: str | Path, overrides: Sequence[str] = ())
     except ValidationError as error:
         for item in error.errors(include_url=False):
             key = _key_of(item["loc"], data)
-            if any(key[: len(bad)] == bad for bad in unresolved):
+            # A list whose items are wrong also counts as too short.
+            if any(key[: len(bad)] == bad for bad in unresolved) or (item["type"] == "too_short" and item["input"]):
                 continue
             dotted = _dotted(key)
             origin = " (command line)" if any(dotted == o or dotted.startswith(f"{o}.") for o in overridden) else ""
@@ -237,7 +240,7 @@ def load_config(model: type[T], path: str | Path, overrides: Sequence[str] = ())
 
 
 def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig, ListConfig, OmegaConf
 
     named_by = f" (base of {parents[-1]})" if parents else ""
     if path.resolve() in (parent.resolve() for parent in parents):
@@ -258,7 +261,7 @@ def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
     if bases is None:
         return config
     bases = [bases] if isinstance(bases, str) else bases
-    if not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, ListConfig | list) or not all(isinstance(base, str) for base in bases):
         raise UserError(f"{path}: base: must be one path or a list of paths")
     merged = [_read_yaml(path.parent / base, (*parents, path)) for base in bases]
     return OmegaConf.merge(*merged, config)
@@ -281,7 +284,7 @@ def _resolve(config: Any) -> tuple[Any, dict[Key, str]]:
                 values[name] = visit(node[name], (*key, name))
             except OmegaConfBaseException as error:
                 values[name] = None
-                failed[(*key, name)] = str(error).splitlines()[0]
+                failed[(*key, name)] = str(error).splitlines()[0].removeprefix(_INTERPOLATION_PREFIX)
         return values if isinstance(node, DictConfig) else list(values.values())
 
     return visit(config, ()), failed

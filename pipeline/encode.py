@@ -18,9 +18,10 @@ from pipeline.atomic import write_aside, write_json
 from pipeline.clean import Dropped, clean
 from pipeline.config import Content
 from pipeline.errors import UserError
+from pipeline.locations import Piece, SourceFile
 from pipeline.order import derive_key, keyed_hash
 from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter
-from pipeline.sources import Piece, SourceFile, Survey, read_piece, survey
+from pipeline.sources import Survey, read_piece, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
 Unit = tuple[Piece, ...]

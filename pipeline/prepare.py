@@ -28,8 +28,9 @@ from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, wr
 from pipeline.cluster import ray_cluster, run_tasks
 from pipeline.config import PrepareConfig, load_config
 from pipeline.errors import UserError, run_command
+from pipeline.locations import SourceFile
 from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, ShardRecord, dataset_digest, read_manifest
-from pipeline.sources import SourceFile, Survey, cut_units, list_files
+from pipeline.sources import Survey, cut_units, list_files
 from pipeline.tokenizer import Tokenizer
 
 LOG = "prepare.log"

@@ -1,0 +1,121 @@
+"""Small corpora, datasets made without Ray, and one Ray for all tests of this folder."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import PrepareConfig
+from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, ShardWriter, dataset_digest
+
+MakeDataset = Callable[..., Path]
+
+
+def _make_text(seed: int, n_words: int) -> str:
+    """Words of one to three syllables, sentences, lines, some letters that are not ASCII."""
+    chance = random.Random(seed)
+    syllables = [onset + vowel for onset in ("b", "d", "fl", "k", "m", "st", "th", "w") for vowel in "aeiouyé"]
+    words = ("".join(chance.choices(syllables, k=chance.randint(1, 3))) for _ in range(n_words))
+    return " ".join(word + chance.choice(["", "", "", "s", ".\n", ", ½"]) for word in words)
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """60 texts, 0.2 to 6 kB each."""
+    return [_make_text(number, 40 + 17 * number) for number in range(60)]
+
+
+@pytest.fixture(scope="session")
+def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The texts as files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, text in enumerate(texts):
+        (folder / f"{number:02d}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A running Ray with three CPUs to which this process is connected."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=3,
+        object_store_memory=100 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    yield context.address_info["gcs_address"]
+    ray.shutdown()
+
+
+@pytest.fixture
+def make_config(corpus: Path, tmp_path: Path) -> Callable[..., PrepareConfig]:
+    """A preparation of `corpus` that takes a second; keywords replace keys of `content`, `output` and `workers`."""
+
+    def make(output: str | Path = "data", workers: int | None = 2, **content: Any) -> PrepareConfig:
+        values = {
+            "sources": [{"type": "text", "path": str(corpus)}],
+            "tokenizer": {"train": {"vocab_size": 330, "num_threads": 1}},
+            "splits": {"valid": 0.2},
+            "unit_bytes": 8000,
+            "shard_tokens": 4000,
+            **content,
+        }
+        return PrepareConfig.model_validate(
+            {"content": values, "execution": {"output": tmp_path / output, "workers": workers}}
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> MakeDataset:
+    """Write a dataset of given documents (token ids without </s>), cut into shards of so many documents."""
+
+    def make(documents: Sequence[Sequence[int]], per_shard: int = 3, vocab_size: int = 100, name: str = "data") -> Path:
+        folder = tmp_path / name
+        (folder / "train").mkdir(parents=True)
+        (folder / TOKENIZER).write_bytes(b"")
+        shards = []
+        for number, start in enumerate(range(0, len(documents), per_shard)):
+            with ShardWriter(folder / "train" / f"shard-{number:05d}", vocab_size) as writer:
+                for document in documents[start : start + per_shard]:
+                    writer.append(np.array([*document, 1]), np.array([len(document) + 1]))
+            shards.append(asdict(writer.record))
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "content": {},
+            "sources": [],
+            "tokenizer": {
+                "file": TOKENIZER,
+                "sha256": "",
+                "vocab_size": vocab_size,
+                "unk_id": 0,
+                "eos_id": 1,
+                "pad_id": 2,
+                "mask_id": 3,
+            },
+            "splits": {
+                "train": {
+                    "documents": len(documents),
+                    "tokens": sum(len(document) + 1 for document in documents),
+                    "utf8_bytes": sum(len(document) for document in documents),
+                    "dropped": {},
+                    "shards": shards,
+                }
+            },
+        }
+        manifest["digest"] = dataset_digest(manifest)
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        return folder
+
+    return make

