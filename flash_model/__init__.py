@@ -1,1 +1,1 @@
-"""The mathematics of FLASH: gated attention units and mixed chunk attention. Knows nothing of data, DeepSpeed or MLflow."""
+"""The mathematics of FLASH: gated attention units, mixed chunk attention. It knows no data, DeepSpeed or MLflow."""

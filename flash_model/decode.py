@@ -1,8 +1,8 @@
 """Generation token by token, without the op.
 
-FLASH keeps, for each layer, the S×E state of the chunks that are closed and at most one chunk of keys and values: memory and
-time per token do not grow. FLASH-Quad reads every earlier token and keeps its keys and values: its cache grows with each token
-and ends at norm_length.
+FLASH keeps, for each layer, the S×E state of the closed chunks and at most one chunk of keys and values: memory
+and time per token do not grow. FLASH-Quad reads every earlier token and keeps its key and value: its cache grows with
+each token, and ends at norm_length.
 
 Shape letters: B batch, T time, C chunk, S query/key, E values, V vocabulary.
 """
@@ -22,7 +22,7 @@ from flash_model.positions import cos_sin
 
 @dataclass
 class ChunkMemory:
-    """What a FLASH layer remembers: the sum of M_h over `closed` chunks, and the open chunk, of which `filled` tokens are there."""
+    """What a FLASH layer remembers: the sum of M_h over `closed` chunks, and the `filled` tokens of the open one."""
 
     closed_sum: Tensor  # (B, S, E)
     closed: int
@@ -99,7 +99,7 @@ def step(model: FlashLM, token: Tensor, state: DecodeState) -> Tensor:
 
 def _check_length(model: FlashLM, length: int) -> None:
     config = model.config
-    if config.architecture == "flash_quad" and config.norm_length is not None and length > config.norm_length:
+    if config.norm_length is not None and config.architecture == "flash_quad" and length > config.norm_length:
         raise ValueError(f"norm_length: flash_quad reads at most {config.norm_length} tokens, not {length}")
 
 
@@ -141,7 +141,7 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
         )  # fmt: skip
         attended.append(out)
         memory.closed_sum = state.sum
-    if T > whole:
+    if whole < T:
         out = mixed_chunk_attention(
             uvz[:, whole:], layer.gamma, layer.beta, bias,
             chunk_size=C, start=whole, state=state, rope_base=config.rope_base,

@@ -23,8 +23,8 @@ def save_model(
 ) -> None:
     """Write the model into `directory`, which is made if need be; each file is written aside, fsynced and renamed.
 
-    named_tensors: the model's parameters under their names, in the dtype that is to be stored. ValueError, before anything is
-    written, when they are not those of `config`.
+    named_tensors: the model's parameters under their names, in the dtype that is to be stored. ValueError, before
+    anything is written, when they are not those of `config`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}
     problems = _compare(config, tensors)
@@ -40,8 +40,8 @@ def save_model(
 def resolve_model_directory(path: Path | str) -> Path:
     """Return the model directory that `path` is or holds.
 
-    path: a model directory, a checkpoint directory (with model/ in it) or a run directory (with checkpoints/latest in it, a
-    text file that names a checkpoint). ValueError, with what was looked for, when it is none of them.
+    path: a model directory, a checkpoint directory (with model/ in it) or a run directory (with checkpoints/latest in
+    it, a text file that names a checkpoint). ValueError, with what was looked for, when it is none of them.
     """
     path = Path(path)
     looked_for = [path / CONFIG, path / "model" / CONFIG]
@@ -59,7 +59,7 @@ def resolve_model_directory(path: Path | str) -> Path:
 def load_model(path: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> FlashLM:
     """Load the model at `path` (see `resolve_model_directory`) as `dtype`, in evaluation mode.
 
-    ValueError with every problem when the files are missing, unreadable, or do not hold the parameters that the config names.
+    ValueError with every problem when files are missing or unreadable, or do not hold the config's parameters.
     """
     directory = resolve_model_directory(path)
     config = load_config(directory)

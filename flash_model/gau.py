@@ -37,7 +37,7 @@ class GatedAttentionUnit(nn.Module):
         return rotary_bias(self.bias_query, self.bias_key, self.config.bias_extent, base=self.config.rope_base)
 
     def forward(self, x: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """Map x (B, T, d_model) to the same shape; nothing is read across documents (doc_ids (B, T), not decreasing)."""
+        """Map x (B, T, d_model) to the same shape. doc_ids (B, T), not decreasing: nothing is read across documents."""
         config = self.config
         uvz = self.expand(self.norm(x))
         bias = self.position_bias()

@@ -65,7 +65,7 @@ class Sampling:
 def generate_tokens(
     model: FlashLM, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[int]:
-    """Yield up to max_tokens tokens that follow the document start and the prompt's tokens; ends before a document end."""
+    """Yield up to max_tokens tokens that follow a document start and the prompt's tokens; a document end stops it."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     logits, state = prefill(model, torch.tensor([[DOCUMENT_END, *prompt]], device=device))
@@ -106,8 +106,8 @@ def generate_text(
 ) -> str:
     """Return what the model writes after `prompt`, without the prompt, at the start of a document.
 
-    max_tokens: the most to be written; a document end stops earlier. ValueError for sampling values that mean nothing, and for
-    a sequence that flash_quad cannot read.
+    max_tokens: the most to be written; a document end stops earlier. ValueError for sampling values that mean nothing,
+    and for a sequence that flash_quad cannot read.
     """
     pieces = tokenizer.encode(prompt)
     sampling = Sampling(temperature, top_k, top_p)
@@ -116,7 +116,7 @@ def generate_text(
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the SentencePiece tokenizer of a model directory; ValueError when it cannot be read or lacks the document end."""
+    """Load the SentencePiece tokenizer of a model directory; ValueError when it cannot be read or has no </s>."""
     import sentencepiece
 
     file = directory / TOKENIZER
@@ -145,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        if options.max_tokens < 0:
+            raise ValueError(f"max-tokens must not be negative: it is {options.max_tokens}")
         directory = resolve_model_directory(options.checkpoint)
         tokenizer = load_tokenizer(directory)
         model = load_model(directory, device=_device(options.device))

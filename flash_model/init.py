@@ -9,7 +9,7 @@ from flash_model.config import ModelConfig
 
 
 def initial_distribution(name: str, config: ModelConfig) -> tuple[float, float]:
-    """Return mean and standard deviation of a parameter's initial values, by its name (paper, section 3; embedding: ours)."""
+    """Return mean and standard deviation of a parameter's initial values, by its name (paper, section 3)."""
     owner, _, leaf = f".{name}".rpartition(".")
     if owner.endswith("norm"):
         return (0.0 if leaf == "bias" else 1.0), 0.0
@@ -22,7 +22,7 @@ def initial_distribution(name: str, config: ModelConfig) -> tuple[float, float]:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `model` with its initial values, drawn on the CPU in float32 whatever its device and dtype."""
+    """Fill every parameter with its initial values, drawn on the CPU in float32 whatever its device and dtype."""
     for name, parameter in model.named_parameters():
         mean, std = initial_distribution(name, config)
         values = torch.full(parameter.shape, mean)

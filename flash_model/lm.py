@@ -25,7 +25,7 @@ class TiedEmbedding(nn.Module):
     def forward(
         self, x: Tensor, *, project: bool = False, targets: Tensor | None = None, loss_mask: Tensor | None = None
     ) -> Tensor:
-        """Embed tokens x (…); or, with `project`, map hidden x (…, d_model) to logits, with `targets` to the summed nats."""
+        """Embed tokens x (…); with `project` map hidden x (…, d_model) to logits, with `targets` too to summed nats."""
         if not project:
             return F.embedding(x, self.weight)
         if targets is None:
@@ -75,8 +75,8 @@ class FlashLM(nn.Module):
             doc_ids: (B, T) integers that do not decrease along T: nothing is read across documents. None: one document.
 
         Returns:
-            Without targets logits (B, T, V) in the parameters' dtype; with targets the sum of nats over those that count, a
-            float32 scalar (float64 for a float64 model), for which logits exist for a part of the tokens at a time.
+            Without targets logits (B, T, V) in the parameters' dtype; with targets the sum of nats over those that
+            count, a float32 scalar (float64 for a float64 model); its logits exist for a part of the tokens at a time.
         """
         x = self.embedding(tokens)
         if self.positions is not None:
@@ -86,7 +86,7 @@ class FlashLM(nn.Module):
         return self.head(x, targets, loss_mask)
 
     def head(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
-        """Norm, scale and project what leaves the last layer, (B, T, d_model): logits, or with targets the summed nats."""
+        """Norm, scale and project what leaves the last layer, (B, T, d_model): logits, with targets summed nats."""
         hidden = self.norm(x) * self.config.logit_scale
         return self.embedding(hidden, project=True, targets=targets, loss_mask=loss_mask)
 
@@ -100,8 +100,8 @@ def build_model(
 ) -> FlashLM:
     """Build and initialise the model of `config`.
 
-    Every initial value is a function of (seed, the parameter's name) alone, drawn on the CPU in float32: of no global random
-    state, device, dtype or order. On the device "meta" nothing is allocated nor drawn.
+    Every initial value is a function of (seed, the parameter's name) alone, drawn on the CPU in float32: of no global
+    random state, device or order. On the device "meta" nothing is allocated nor drawn.
     """
     with torch.device("meta"):
         model = FlashLM(config).to(dtype or torch.float32)

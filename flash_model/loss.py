@@ -49,10 +49,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the sum of −ln softmax(hidden · weightᵀ)[target] in nats, a scalar of float32 (float64 for a float64 hidden).
+    """Return the sum of −ln softmax(hidden · weightᵀ)[target] in nats: a float32 scalar (float64 for a float64 hidden).
 
-    hidden: (..., D); weight: (V, D); targets: (...) integers; mask: (...), zero or False where a target does not count and
-    may then be any number. Logits exist for 2^25 / V rows at a time. Differentiable in hidden and weight.
+    hidden: (..., D); weight: (V, D); targets: (...) integers; mask: (...), zero or False where a target does not count
+    and may be any number. Logits exist for 2^25 / V rows at a time. Differentiable in hidden and weight.
     """
     hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(torch.int64)
     counts_N = torch.ones_like(targets_N, dtype=torch.bool) if mask is None else mask.reshape(-1) != 0

@@ -119,7 +119,7 @@ _quadratic.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def quadratic_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, causal: bool) -> int:
-    """Return the model FLOPs of the forward op: 2·seq_len·(S + E) for each of `tokens` tokens, half of it when causal."""
+    """Return the model FLOPs of the forward op: 2·seq_len·(S + E) for each of the tokens, half of it when causal."""
     total = tokens * 2 * seq_len * (qk_dim + value_dim)
     return total // 2 if causal else total
 

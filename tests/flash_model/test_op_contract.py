@@ -13,9 +13,10 @@ from flash_model.init import initialize
 from flash_model.ops import AttentionState, mixed_chunk_attention, quadratic_attention, reference, reference_quadratic
 
 B, T, C, S, E = 2, 12, 4, 4, 6
+NO_STATE: dict[str, Any] = dict.fromkeys(["doc_ids", "state_sum", "state_count", "state_doc_id"])
 
 
-def tensors(heads: int = 4, extent: int = C, dtype: torch.dtype = torch.float32, T: int = T) -> dict[str, Tensor]:
+def tensors(heads: int = 4, extent: int = C, dtype: torch.dtype = torch.float32, T: int = T) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"uvz": (B, T, 2 * E + S), "gamma": (heads, S), "beta": (heads, S), "bias": (2 * extent - 1,)}
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
@@ -28,13 +29,13 @@ def a_state() -> AttentionState:
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_opcheck(causal: bool, with_documents: bool) -> None:
-    doc_ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 12]) if with_documents else None
-    leaves = [x.requires_grad_() for x in tensors().values()]
+    doc_ids = torch.tensor([[0] * 5 + [1] * 6, [0] * 11]) if with_documents else None
+    leaves = [x.requires_grad_() for x in tensors(T=11).values()]
     state: tuple[Tensor | None, ...] = (None, None, None)
     if causal:
         state = (a_state().sum.requires_grad_(), a_state().count, a_state().doc_id)
     torch.library.opcheck(torch.ops.flash_model.mixed_chunk, (*leaves, doc_ids, *state, C, causal, 8, 1e4))
-    quad = [x.requires_grad_() for x in tensors(heads=2, extent=16).values()]
+    quad = [x.requires_grad_() for x in tensors(heads=2, extent=16, T=11).values()]
     torch.library.opcheck(torch.ops.flash_model.quadratic, (*quad, doc_ids, 12, causal, 0, 1e4))
 
 
@@ -107,7 +108,7 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     given = tensors()
     measured = FlopCounterMode(display=False)
     with measured:
-        reference.forward(reference.Inputs(*given.values(), None, None, None, None, C, False, 0, 1e4))
+        reference.forward(reference.Inputs(**given, **NO_STATE, chunk_size=C, causal=False, start=0, rope_base=1e4))
     products = measured.get_total_flops()
     assert products == B * T * (2 * C * (S + E) + 4 * S * E)
     assert _counted(mixed_chunk_attention, given, chunk_size=C, causal=False) == (products, 3 * products)
@@ -117,14 +118,16 @@ def test_flops_are_those_of_the_matrix_products() -> None:
     quad = tensors(heads=2, extent=16)
     measured = FlopCounterMode(display=False)
     with measured:
-        reference_quadratic.forward(reference_quadratic.Inputs(*quad.values(), None, T, False, 0, 1e4))
+        reference_quadratic.forward(
+            reference_quadratic.Inputs(**quad, doc_ids=None, norm_length=T, causal=False, start=0, rope_base=1e4)
+        )
     products = measured.get_total_flops()
     assert products == B * T * 2 * T * (S + E)
     assert _counted(quadratic_attention, quad, norm_length=T, causal=False) == (products, 3 * products)
     assert _counted(quadratic_attention, quad, norm_length=T) == (products // 2, 3 * products // 2)
 
 
-def _counted(op: Any, given: dict[str, Tensor], **options: Any) -> tuple[int, int]:
+def _counted(op: Any, given: dict[str, Any], **options: Any) -> tuple[int, int]:
     """FLOPs of a forward pass, and of a forward and a backward pass."""
     leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
     counter = FlopCounterMode(display=False)

@@ -1,6 +1,7 @@
 """The ops against the paper's formulas, evaluated token by token in Python's floats, without a line of shared code."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -225,7 +226,7 @@ def test_a_cut_sequence_equals_the_uncut_one(cuts: tuple[int, ...], with_documen
     def pieces(uvz: Tensor, *rest: Tensor) -> Tensor:
         outs, state = [], None
         borders = [0, *cuts, T]
-        for first, end in zip(borders, borders[1:], strict=False):
+        for first, end in pairwise(borders):
             piece_ids = None if doc_ids is None else doc_ids[:, first:end]
             options: dict[str, Any] = {"chunk_size": C, "doc_ids": piece_ids, "start": first, "state": state}
             if end < T:
@@ -298,15 +299,16 @@ def test_a_token_of_another_document_ignores_the_state() -> None:
 def test_changing_a_token_changes_nothing_before_it() -> None:
     T = 19
     quad = random_inputs(T, heads=2, extent=T, bias_mean=6.0)
-    for op, inputs, options in (
+    cases: list[tuple[Any, Inputs, dict[str, Any]]] = [
         (mixed_chunk_attention, random_inputs(T, bias_mean=6.0), {"chunk_size": C}),
         (quadratic_attention, quad, {"norm_length": T}),
-    ):
-        before = op(*inputs, **options)  # type: ignore[operator]
+    ]
+    for op, inputs, options in cases:
+        before = op(*inputs, **options)
         for t in range(T):
             changed = inputs[0].clone()
             changed[:, t] += 1.0
-            after = op(changed, *inputs[1:], **options)  # type: ignore[operator]
+            after = op(changed, *inputs[1:], **options)
             assert torch.equal(after[:, :t], before[:, :t])
             assert not torch.equal(after[:, t], before[:, t])
 
@@ -316,16 +318,17 @@ def test_changing_a_document_changes_no_other(causal: bool) -> None:
     T = 19
     documents = torch.tensor([lengths(2, 9, 8)])
     quad = random_inputs(T, B=1, heads=2, extent=T, bias_mean=6.0)
-    for op, inputs, options in (
+    cases: list[tuple[Any, Inputs, dict[str, Any]]] = [
         (mixed_chunk_attention, random_inputs(T, B=1, bias_mean=6.0), {"chunk_size": C}),
         (quadratic_attention, quad, {"norm_length": T}),
-    ):
-        before = op(*inputs, doc_ids=documents, causal=causal, **options)  # type: ignore[operator]
+    ]
+    for op, inputs, options in cases:
+        before = op(*inputs, doc_ids=documents, causal=causal, **options)
         for document in range(3):
             inside = (documents == document)[0]
             changed = inputs[0].clone()
             changed[:, inside] += 1.0
-            after = op(changed, *inputs[1:], doc_ids=documents, causal=causal, **options)  # type: ignore[operator]
+            after = op(changed, *inputs[1:], doc_ids=documents, causal=causal, **options)
             torch.testing.assert_close(after[:, ~inside], before[:, ~inside], rtol=0, atol=TOLERANCE)
             assert not torch.isclose(after[:, inside], before[:, inside]).any()
 
