@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,9 @@ def start_processes() -> Processes:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    deepspeed.utils.logging.set_log_level_from_string("warning")
+    # DeepSpeed's own calls, which this project cannot change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On CPUs DeepSpeed would compile a shared-memory reduction (80 s, g++) that only its inference code calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -1,6 +1,7 @@
 """The main job, small: real text, shards, two training processes, MLflow, a model that writes. `make quickstart`.
 
 Everything lies in runs/quickstart/. Each stage skips what is done, so a second call continues or says that it is done.
+Arguments are settings of the run (`key=value`).
 """
 
 import json
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 from launch.config import load_run_config
 from launch.progress import duration
@@ -26,7 +29,8 @@ def main() -> int:
     """Prepare the data, train, write the report."""
     root = Path(__file__).resolve().parent.parent
     os.chdir(root)
-    config = load_run_config(RUN_CONFIG, ["run.resume=auto"])
+    overrides = sys.argv[1:]
+    config = load_run_config(RUN_CONFIG, ["run.resume=auto", *overrides])
     directory = RunDirectory(config.run.dir)
     directory.path.mkdir(parents=True, exist_ok=True)
     report = directory.path / "report.md"
@@ -35,9 +39,8 @@ def main() -> int:
         return 0
     stages = Stages(directory.path / "stages.json")
     stages.run("data", "text to token shards, with Ray", [sys.executable, "-m", "pipeline.prepare", DATA_CONFIG])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(PROCESSES)]
-    # One machine, its own addresses: no ssh, no look-up of host names.
-    launcher += ["--master_addr", "127.0.0.1", "launch/train.py", RUN_CONFIG, "run.resume=auto"]
+    launcher = ["deepspeed", "--quiet", "--num_accelerators", str(PROCESSES), "--master_addr", "127.0.0.1"]
+    launcher += ["launch/train.py", RUN_CONFIG, "run.resume=auto", *overrides]
     stages.run(
         "training", f"{config.train.tokens:,} tokens, {PROCESSES} processes, ZeRO-{config.train.zero_stage}", launcher
     )
@@ -72,7 +75,10 @@ class Stages:
 def child_environment() -> dict[str, str]:
     """The environment of this process, with this interpreter's commands first and one thread a training process."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PATH": path, "PYTHONUNBUFFERED": "1"}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds that too, with a warning
+    return environment
 
 
 if __name__ == "__main__":

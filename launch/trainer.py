@@ -60,9 +60,8 @@ def train(config: RunConfig, processes: Processes) -> int:
     tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
 
     engine = build_engine(config, processes)
-    progress = Progress(
-        0, 0, TrainingStream(training, seq_len=config.data.seq_len, seed=config.run.seed).state, attempt
-    )
+    stream = TrainingStream(training, seq_len=config.data.seq_len, seed=config.run.seed)
+    progress = Progress(0, 0, stream.state, attempt)
     if resume_from is not None:
         saved = load_checkpoint(resume_from, read_manifest(resume_from), engine, processes)
         progress = replace(saved, attempt=attempt)
@@ -101,8 +100,8 @@ def train(config: RunConfig, processes: Processes) -> int:
         while progress.step < config.steps:
             pace.start_step()
             samples = stream.take(config.samples_per_step)
-            micro_batches = _micro_batches(stream, samples, config, processes, accumulation)
-            targets = sum(int(batch.loss_mask.sum()) for batch in micro_batches)
+            batches = micro_batches(stream, samples, config, processes, accumulation)
+            targets = sum(int(batch.loss_mask.sum()) for batch in batches)
             reason = stop.reason
             # One sum over all processes: how many targets the step has, and whether anyone wants to stop.
             targets, stopping = processes.total(targets, reason is not None)
@@ -115,7 +114,7 @@ def train(config: RunConfig, processes: Processes) -> int:
             # DeepSpeed averages over processes and micro batches; the loss is a sum over the step's global targets.
             scale = processes.world_size * accumulation / max(targets, 1)
             nats = torch.zeros((), dtype=torch.float64, device=processes.device)
-            for position, batch in enumerate(micro_batches):
+            for position, batch in enumerate(batches):
                 summed = engine(*to_device(batch, processes.device))
                 nats += summed.detach().double()
                 engine.backward(summed * scale)
@@ -194,7 +193,7 @@ def _choose_start(config: RunConfig, directory: RunDirectory, processes: Process
     return processes.once(choose)
 
 
-def _micro_batches(
+def micro_batches(
     stream: TrainingStream, samples: list[int], config: RunConfig, processes: Processes, accumulation: int
 ) -> list[Batch]:
     """This process's share of a step's samples, cut into micro batches."""

@@ -1,14 +1,18 @@
 """What the machine offers to the tests: which marked tests can run here, and a private cache of compiled ops."""
 
 import functools
+import json
 import os
+import random
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+import yaml
 
 # Set by .ci/run, which installs what tests need: there a skip is a failure, except for want of a GPU.
 FORBID_SKIPS = os.environ.get("FORBID_SKIPS") == "1"
@@ -106,3 +110,40 @@ def pytest_configure(config: pytest.Config) -> None:
     only_distributes = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
     if source.is_absolute() and source.is_dir() and not only_distributes:
         config.pluginmanager.register(PrivateExtensions(source))
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small dataset with the splits train and valid and 384 pieces, made by pipeline.prepare from made-up words."""
+    folder = tmp_path_factory.mktemp("prepared")
+    generator = random.Random(5)
+    words = ["".join(generator.choices("aeioubdfgklmnprst", k=generator.randint(2, 7))) for _ in range(150)]
+    (folder / "text").mkdir()
+    for number in range(24):
+        drawn = generator.choices(words, weights=[1 / (rank + 1) for rank in range(150)], k=generator.randint(60, 220))
+        (folder / "text" / f"{number:02d}.txt").write_text(" ".join(drawn) + ".\n")
+    config = {
+        "content": {
+            "sources": [{"type": "text", "path": str(folder / "text")}],
+            "tokenizer": {"train": {"vocab_size": 384, "num_threads": 1}},
+            "splits": {"valid": 0.2},
+        },
+        "execution": {"output": str(folder / "data"), "workers": 1},
+    }
+    (folder / "data.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "pipeline.prepare", str(folder / "data.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def all_windows(prepared_data: Path) -> int:
+    """The windows of 64 tokens in an epoch of `prepared_data`, rounded up to a multiple of 4."""
+    tokens = json.loads((prepared_data / "manifest.json").read_text())["splits"]["train"]["tokens"]
+    assert tokens % 64, "the last window is full: masks would be equal"
+    windows = -(-tokens // 64)
+    return -(-windows // 4) * 4

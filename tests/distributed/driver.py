@@ -1,0 +1,74 @@
+"""Runs several cases in one launch, since starting DeepSpeed costs more than training these models.
+
+Started by the deepspeed launcher with a JSON file: a list of cases, each {"config", "overrides", "action"} with the action
+"train" (and "stop_after": steps after which a STOP file appears) or "gradients" (those of the first step, to "output").
+"""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch  # noqa: E402
+
+from launch.config import RunConfig, accumulation_steps, load_run_config  # noqa: E402
+from launch.engine import Processes, build_engine, start_processes  # noqa: E402
+from launch.evaluate import to_device  # noqa: E402
+from launch.trainer import micro_batches, train  # noqa: E402
+from pipeline.batches import TrainingStream  # noqa: E402
+from pipeline.shards import TokenDataset  # noqa: E402
+
+
+def main() -> int:
+    spec = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
+    processes = start_processes()
+    statuses = []
+    for case in json.loads(spec.read_text()):
+        config = load_run_config(case["config"], case["overrides"])
+        if case["action"] == "gradients":
+            gradients(config, processes, Path(case["output"]))
+            statuses.append(0)
+            continue
+        if processes.rank == 0 and "stop_after" in case:
+            threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
+        statuses.append(train(config, processes))
+    if processes.rank == 0:
+        spec.with_suffix(".statuses").write_text(json.dumps(statuses))
+    processes.leave()
+    return 0
+
+
+def stop_after(run_dir: Path, steps: int) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
+        time.sleep(0.002)
+    (run_dir / "STOP").touch()
+
+
+def gradients(config: RunConfig, processes: Processes, output: Path) -> None:
+    from deepspeed.utils import safe_get_full_grad
+
+    accumulation = accumulation_steps(config, processes.world_size)
+    engine: Any = build_engine(config, processes)
+    dataset = TokenDataset.open(config.data.path, config.data.split)
+    stream = TrainingStream(dataset, seq_len=config.data.seq_len, seed=config.run.seed)
+    batches = micro_batches(stream, stream.take(config.samples_per_step), config, processes, accumulation)
+    mine = [int(batch.loss_mask.sum()) for batch in batches]
+    (targets,) = processes.total(sum(mine))
+    for position, batch in enumerate(batches):
+        summed = engine(*to_device(batch, processes.device))
+        engine.backward(summed * (processes.world_size * accumulation / targets))
+        if position < accumulation - 1:
+            engine.step()
+    full = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
+    masks = processes.gather(mine)
+    if processes.rank == 0:
+        torch.save({"gradients": full, "targets": masks}, output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
