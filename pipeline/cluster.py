@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ R = TypeVar("R")
 # A worker that dies is never the task's own doing, but for lack of memory, which more tries do not mend.
 _TASK_RETRIES = 20
 _STOP_CHECK_SECONDS = 0.5
+_CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -37,10 +39,11 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
         return
     address = execution.ray_address or os.environ.get("RAY_ADDRESS")
     if address not in (None, "local"):
+        _check_reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"execution.ray_address: {address}: cannot be reached: {error}") from None
+            raise UserError(f"execution.ray_address (or RAY_ADDRESS): {address}: cannot be reached: {error}") from None
         try:
             yield execution.workers or int(ray.cluster_resources().get("CPU", 1))
         finally:
@@ -62,6 +65,20 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Ray would end the whole process after a long wait."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not (colon and port.isdecimal()):
+        return  # "auto", which Ray itself answers for
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"execution.ray_address (or RAY_ADDRESS): {address}: cannot be reached: {error}. "
+            "Start the cluster, or leave the key null to use this machine alone."
+        ) from None
 
 
 def _own_folder(output: Path) -> Path:

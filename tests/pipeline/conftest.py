@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import PrepareConfig
+from pipeline.config import PrepareConfig, TrainTokenizer
 from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, ShardWriter, dataset_digest
+from pipeline.tokenizer import train_tokenizer
 
 MakeDataset = Callable[..., Path]
 
@@ -40,6 +41,14 @@ def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bpe(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer at hand; as BPE, it is slow enough for a job to be disturbed."""
+    path = tmp_path_factory.mktemp("bpe") / "bpe.model"
+    path.write_bytes(train_tokenizer(texts, TrainTokenizer(vocab_size=400, model_type="bpe", num_threads=1)))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A running Ray with three CPUs to which this process is connected."""
     import ray
@@ -56,22 +65,25 @@ def ray_address() -> Iterator[str]:
     ray.shutdown()
 
 
-@pytest.fixture
-def make_config(corpus: Path, tmp_path: Path) -> Callable[..., PrepareConfig]:
-    """A preparation of `corpus` that takes a second; keywords replace keys of `content`, `output` and `workers`."""
+@pytest.fixture(scope="session")
+def content(corpus: Path, bpe: str) -> dict[str, Any]:
+    """A preparation of `corpus` in 22 units and several shards."""
+    return {
+        "sources": [{"type": "text", "path": str(corpus)}],
+        "tokenizer": {"path": bpe},
+        "splits": {"valid": 0.2},
+        "unit_bytes": 10_000,
+        "shard_tokens": 30_000,
+    }
 
-    def make(output: str | Path = "data", workers: int | None = 2, **content: Any) -> PrepareConfig:
-        values = {
-            "sources": [{"type": "text", "path": str(corpus)}],
-            "tokenizer": {"train": {"vocab_size": 330, "num_threads": 1}},
-            "splits": {"valid": 0.2},
-            "unit_bytes": 8000,
-            "shard_tokens": 4000,
-            **content,
-        }
-        return PrepareConfig.model_validate(
-            {"content": values, "execution": {"output": tmp_path / output, "workers": workers}}
-        )
+
+@pytest.fixture
+def make_config(content: dict[str, Any], tmp_path: Path) -> Callable[..., PrepareConfig]:
+    """A preparation of `content`; keywords replace keys of it, `output` and `workers`."""
+
+    def make(output: str | Path = "data", workers: int | None = 2, **changes: Any) -> PrepareConfig:
+        execution = {"output": tmp_path / output, "workers": workers}
+        return PrepareConfig.model_validate({"content": content | changes, "execution": execution})
 
     return make
 
