@@ -5,27 +5,49 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flash_model.decode import prefill, step
+from flash_model.decode import DecodeState, prefill, step
 from flash_model.export import TOKENIZER, load_model, resolve_model_directory
 from flash_model.lm import FlashLM
 
-DOCUMENT_END = 1  # </s>: opens a document as an input, closes it as a target
-NEVER_WRITTEN = (0, 2, 3)  # unknown, padding, mask: never a target in training
 
+class Tokenizer:
+    """The SentencePiece model beside a language model.
 
-class Tokenizer(Protocol):
-    """What generation asks of a tokenizer; a SentencePieceProcessor is one."""
+    Attributes:
+        document_end: the piece that opens a document as an input and closes it as a target.
+        never_written: pieces without text, never a target in training: unknown, padding, mask.
+    """
+
+    def __init__(self, file: Path) -> None:
+        import sentencepiece
+
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{file} cannot be read as a SentencePiece model: {error}") from error
+        self.vocab_size: int = self._model.vocab_size()
+        self.document_end: int = self._model.eos_id()
+        if self.document_end < 0:
+            raise ValueError(f"{file} has no end piece </s>: a model trained with it could not start a document")
+        self.never_written = [
+            piece
+            for piece in range(self.vocab_size)
+            if piece != self.document_end and (self._model.is_control(piece) or self._model.is_unknown(piece))
+        ]
 
     def encode(self, text: str) -> list[int]:
-        """Return the pieces of text."""
+        """Return the pieces of text, without an end."""
+        pieces: list[int] = self._model.encode(text)
+        return pieces
 
     def decode(self, pieces: list[int]) -> str:
         """Return the text of pieces."""
+        text: str = self._model.decode(pieces)
+        return text
 
 
 @dataclass(frozen=True)
@@ -48,9 +70,7 @@ class Sampling:
             raise ValueError(f"top-p must be above 0 and at most 1: it is {self.top_p}")
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Draw a token from logits (V,)."""
-        logits = logits.float().cpu()
-        logits[list(NEVER_WRITTEN)] = -torch.inf
+        """Draw a token from logits (V,) of float32."""
         if self.temperature == 0:
             return int(logits.argmax())
         probabilities, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
@@ -63,19 +83,45 @@ class Sampling:
 
 
 def generate_tokens(
-    model: FlashLM, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int = 0
+    model: FlashLM, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[int]:
-    """Yield up to max_tokens tokens that follow a document start and the prompt's tokens; a document end stops it."""
+    """Iterate over up to max_tokens tokens that follow a document start and the prompt; a document end stops it.
+
+    ValueError, before the first token, when model and tokenizer do not fit or flash_quad cannot read that far.
+    """
+    config = model.config
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model knows {config.vocab_size}")
+    if max_tokens < 0:
+        raise ValueError(f"max-tokens must not be negative: it is {max_tokens}")
+    to_read = len(prompt) + max(1, max_tokens)
+    if config.architecture == "flash_quad" and config.norm_length is not None and to_read > config.norm_length:
+        raise ValueError(
+            f"max-tokens: flash_quad reads at most {config.norm_length} tokens; the prompt has {len(prompt)}, so "
+            f"{max_tokens} more are too many"
+        )
+    return _continue(model, tokenizer, prompt, max_tokens, sampling, seed)
+
+
+def _continue(
+    model: FlashLM, tokenizer: Tokenizer, prompt: Sequence[int], max_tokens: int, sampling: Sampling, seed: int
+) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    logits, state = prefill(model, torch.tensor([[DOCUMENT_END, *prompt]], device=device))
-    for written in range(1, max_tokens + 1):
-        token = sampling.draw(logits[0], generator)
-        if token == DOCUMENT_END:
+    state: DecodeState | None = None
+    token = tokenizer.document_end
+    for _ in range(max_tokens):
+        if state is None:
+            logits, state = prefill(model, torch.tensor([[token, *prompt]], device=device))
+        else:
+            logits = step(model, torch.tensor([token], device=device), state)
+        allowed = logits[0].float().cpu()
+        allowed[tokenizer.never_written] = -torch.inf
+        allowed[tokenizer.vocab_size :] = -torch.inf
+        token = sampling.draw(allowed, generator)
+        if token == tokenizer.document_end:
             return
         yield token
-        if written < max_tokens:
-            logits = step(model, torch.tensor([token], device=device), state)
 
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterator[int]) -> Iterator[str]:
@@ -111,24 +157,13 @@ def generate_text(
     """
     pieces = tokenizer.encode(prompt)
     sampling = Sampling(temperature, top_k, top_p)
-    tokens = generate_tokens(model, pieces, max_tokens=max_tokens, sampling=sampling, seed=seed)
+    tokens = generate_tokens(model, tokenizer, pieces, max_tokens=max_tokens, sampling=sampling, seed=seed)
     return "".join(stream_text(tokenizer, pieces, tokens))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the SentencePiece tokenizer of a model directory; ValueError when it cannot be read or has no </s>."""
-    import sentencepiece
-
-    file = directory / TOKENIZER
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read as a SentencePiece model: {error}") from error
-    if tokenizer.id_to_piece(DOCUMENT_END) != "</s>":
-        raise ValueError(
-            f"{file}: piece {DOCUMENT_END} is {tokenizer.id_to_piece(DOCUMENT_END)!r}, not the document end </s>"
-        )
-    return tokenizer
+    """Load the tokenizer of a model directory; ValueError when it cannot be read or has no end piece."""
+    return Tokenizer(directory / TOKENIZER)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -145,13 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
-        if options.max_tokens < 0:
-            raise ValueError(f"max-tokens must not be negative: it is {options.max_tokens}")
         directory = resolve_model_directory(options.checkpoint)
         tokenizer = load_tokenizer(directory)
         model = load_model(directory, device=_device(options.device))
         pieces = tokenizer.encode(options.prompt)
-        tokens = generate_tokens(model, pieces, max_tokens=options.max_tokens, sampling=sampling, seed=options.seed)
+        tokens = generate_tokens(
+            model, tokenizer, pieces, max_tokens=options.max_tokens, sampling=sampling, seed=options.seed
+        )
         print(options.prompt, end="", flush=True)
         for text in stream_text(tokenizer, pieces, tokens):
             print(text, end="", flush=True)

@@ -228,7 +228,8 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:8])
     ctx.options = inputs[8:]
-    ctx.mark_non_differentiable(*output[2:])
+    causal = inputs[9]
+    ctx.mark_non_differentiable(*output[2 if causal else 1 :])
     ctx.set_materialize_grads(False)
 
 

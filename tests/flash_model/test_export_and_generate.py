@@ -14,8 +14,8 @@ import torch
 from flash_model.config import ModelConfig
 from flash_model.export import load_model, resolve_model_directory, save_model
 from flash_model.generate import (
-    DOCUMENT_END,
     Sampling,
+    Tokenizer,
     generate_text,
     generate_tokens,
     load_tokenizer,
@@ -42,14 +42,16 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_file.parent)
+
+
 @pytest.fixture
-def model(tokenizer_file: Path) -> FlashLM:
-    size = load_tokenizer_size(tokenizer_file)
-    return build_model(ModelConfig(vocab_size=size, d_model=16, n_layers=2, qk_dim=8, chunk_size=8), seed=1)
-
-
-def load_tokenizer_size(file: Path) -> int:
-    return sentencepiece.SentencePieceProcessor(model_file=str(file)).vocab_size()
+def model(tokenizer: Tokenizer) -> FlashLM:
+    return build_model(
+        ModelConfig(vocab_size=tokenizer.vocab_size, d_model=16, n_layers=2, qk_dim=8, chunk_size=8), seed=1
+    )
 
 
 @pytest.fixture
@@ -140,42 +142,61 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
     assert named in captured.err
 
 
-def test_the_command_line_writes_prompt_and_text(run: Path, model: FlashLM, tokenizer_file: Path) -> None:
+def test_the_command_line_writes_prompt_and_text(run: Path, model: FlashLM, tokenizer: Tokenizer) -> None:
     command = [sys.executable, "-m", "flash_model.generate", str(run), "--prompt", "the sea", "--max-tokens", "12"]
-    first, second = (subprocess.run([*command, "--seed", "3"], capture_output=True, timeout=120) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout
-    tokenizer = load_tokenizer(tokenizer_file.parent)
+    done = subprocess.run([*command, "--seed", "3"], capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     expected = generate_text(model, tokenizer, "the sea", max_tokens=12, temperature=0.8, seed=3)
-    assert first.stdout.decode() == "the sea" + expected + "\n"
+    assert done.stdout.decode() == "the sea" + expected + "\n"
     assert expected
 
 
-def test_generation_starts_a_document_and_stops_at_its_end(model: FlashLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    read: list[list[int]] = []
-    script = iter([7, 8, DOCUMENT_END, 9])
+def test_generation_starts_a_document_and_stops_at_its_end(
+    model: FlashLM, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = tokenizer.document_end
+    read: list[int] = []
+    script = iter([7, 8, end, 9])
 
-    def prefill(_: FlashLM, tokens: torch.Tensor) -> tuple[torch.Tensor, None]:
-        read.append(tokens[0].tolist())
-        return scripted(), None
+    def scripted(_: FlashLM, token: torch.Tensor, *state: None) -> torch.Tensor:
+        read.extend(token.flatten().tolist())
+        return torch.nn.functional.one_hot(torch.tensor([next(script)]), model.config.vocab_size) * 50.0
 
-    def scripted(*_: Any) -> torch.Tensor:
-        logits = torch.zeros(1, model.config.vocab_size)
-        logits[0, next(script)] = 50.0
-        return logits
-
-    monkeypatch.setattr("flash_model.generate.prefill", prefill)
+    monkeypatch.setattr("flash_model.generate.prefill", lambda model, tokens: (scripted(model, tokens), "state"))
     monkeypatch.setattr("flash_model.generate.step", scripted)
-    assert list(generate_tokens(model, [5, 6], max_tokens=10, sampling=Sampling())) == [7, 8]
-    assert read == [[DOCUMENT_END, 5, 6]]
+    assert list(generate_tokens(model, tokenizer, [5, 6], max_tokens=10, sampling=Sampling())) == [7, 8]
+    assert read == [end, 5, 6, 7, 8]
 
 
-def test_at_most_max_tokens_are_written(model: FlashLM) -> None:
+def test_at_most_max_tokens_are_written_and_no_special_piece(model: FlashLM, tokenizer: Tokenizer) -> None:
     for max_tokens in (0, 1, 9):
-        sampling = Sampling()
-        assert len(list(generate_tokens(model, [5], max_tokens=max_tokens, sampling=sampling))) <= max_tokens
-    tokens = list(generate_tokens(model, [5], max_tokens=40, sampling=Sampling(), seed=1))
-    assert not {0, DOCUMENT_END, 2, 3} & set(tokens)
+        written = generate_tokens(model, tokenizer, [5], max_tokens=max_tokens, sampling=Sampling())
+        assert len(list(written)) <= max_tokens
+    assert (tokenizer.document_end, tokenizer.never_written) == (1, [0, 2, 3])
+    with torch.no_grad():
+        model.embedding.weight.zero_()  # every piece is as likely as any other
+    written = generate_tokens(model, tokenizer, [5], max_tokens=300, sampling=Sampling(), seed=2)
+    assert not {0, 1, 2, 3} & set(written)
+
+
+def test_a_larger_vocabulary_than_the_tokenizers_is_never_written(tokenizer: Tokenizer) -> None:
+    config = ModelConfig(vocab_size=2000, d_model=16, n_layers=1, qk_dim=8, chunk_size=8)
+    written = list(generate_tokens(build_model(config), tokenizer, [5], max_tokens=30, sampling=Sampling(), seed=1))
+    assert max(written) < tokenizer.vocab_size
+    small = build_model(config.model_copy(update={"vocab_size": 100}))
+    with pytest.raises(ValueError, match="the model knows 100"):
+        generate_text(small, tokenizer, "the")
+
+
+def test_flash_quad_says_before_the_first_token_that_it_cannot_read_so_far(tokenizer: Tokenizer) -> None:
+    config = ModelConfig(
+        architecture="flash_quad", norm_length=10, vocab_size=tokenizer.vocab_size, d_model=16, n_layers=1, qk_dim=8
+    )
+    model = build_model(config)
+    options: dict[str, Any] = {"sampling": Sampling(temperature=0)}
+    assert len(list(generate_tokens(model, tokenizer, [5] * 4, max_tokens=6, **options))) == 6
+    with pytest.raises(ValueError, match="at most 10"):
+        generate_tokens(model, tokenizer, [5] * 4, max_tokens=7, **options)
 
 
 def test_sampling() -> None:
@@ -198,8 +219,7 @@ def test_sampling() -> None:
 
 
 @pytest.mark.parametrize("prompt", ["", "the ", "call 漢"])
-def test_text_streams_in_whole_characters(prompt: str, tokenizer_file: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_file.parent)
+def test_text_streams_in_whole_characters(prompt: str, tokenizer: Tokenizer) -> None:
     text = " naïve  façade 漢字 🙂🙂 the sea\n and"
     parts = list(stream_text(tokenizer, tokenizer.encode(prompt), iter(tokenizer.encode(text))))
     assert "".join(parts) == text
@@ -207,8 +227,7 @@ def test_text_streams_in_whole_characters(prompt: str, tokenizer_file: Path) -> 
     assert not any("\N{REPLACEMENT CHARACTER}" in part for part in parts)
 
 
-def test_a_character_that_is_never_completed_is_still_shown(tokenizer_file: Path) -> None:
-    tokenizer = load_tokenizer(tokenizer_file.parent)
+def test_a_character_that_is_never_completed_is_still_shown(tokenizer: Tokenizer) -> None:
     pieces = tokenizer.encode("a🙂")
     assert "".join(stream_text(tokenizer, [], iter(pieces[:-1]))).startswith("a\N{REPLACEMENT CHARACTER}")
 
