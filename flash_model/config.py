@@ -14,7 +14,7 @@ TOEPLITZ_POSITIONS = 512  # fewer positions than this learn one bias weight for 
 class ModelConfig(BaseModel):
     """A FLASH model. Frozen; unknown keys are errors. A default that is not the paper's is said to be ours."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     architecture: Literal["flash", "flash_quad"] = "flash"
     """flash: mixed chunk attention, linear in the length. flash_quad: the same unit with attention over all tokens."""

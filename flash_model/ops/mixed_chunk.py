@@ -75,7 +75,8 @@ def mixed_chunk_attention(
         chunk_size: C in tokens, a power of two. A short last chunk divides by C all the same, and counts as one.
         causal: a token reads its own chunk up to itself, and the mean over earlier chunks; else its own chunk and the
             mean over all.
-        doc_ids: (B, T) integers that do not decrease along T: nothing is read across documents. None: one, numbered 0.
+        doc_ids: (B, T) integers that do not decrease along T (only looked at on the CPU): nothing is read across
+            documents. None: one document, numbered 0.
         start: position of the first token, a multiple of C.
         state: of the piece of the sequence before this one (causal only); tokens of another document ignore it.
         return_state: also return the state after the last token; T must then be a multiple of C.

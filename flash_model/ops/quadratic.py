@@ -31,7 +31,8 @@ def quadratic_attention(
         bias: (2L − 1,) with L ≥ T: the bias of query i on key j is bias[j − i + L − 1].
         norm_length: n, the training length, whatever T is.
         causal: a token reads itself and what is before it; else everything.
-        doc_ids: (B, T) integers that do not decrease along T: nothing is read across documents. None: one document.
+        doc_ids: (B, T) integers that do not decrease along T (only looked at on the CPU): nothing is read across
+            documents. None: one document.
         start: position of the first token.
         rope_base: base of the rotary angles.
 

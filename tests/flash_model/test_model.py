@@ -83,6 +83,9 @@ def test_flops_by_part() -> None:
         ("architecture", {"architecture": "mamba"}),
         ("n_layer", {"n_layer": 2}),
         ("norm", {"norm": "batchnorm"}),
+        ("d_model", {"d_model": "16"}),
+        ("causal", {"causal": "maybe"}),
+        ("head_scale", {"head_scale": math.nan}),
     ],
 )
 def test_impossible_configs_name_the_key(named: str, change: dict[str, Any]) -> None:
@@ -100,10 +103,11 @@ def test_initial_values_depend_on_seed_and_name_alone() -> None:
     torch.manual_seed(1)
     first = build_model(config, seed=5).state_dict()
     torch.manual_seed(2)
-    torch.randn(3)
+    untouched = torch.get_rng_state()
     deeper = build_model(config.model_copy(update={"n_layers": 4}), seed=5).state_dict()
     for name, values in first.items():
         assert torch.equal(deeper[name], values), name
+    assert torch.equal(torch.get_rng_state(), untouched)
     other = build_model(config, seed=6).state_dict()
     assert not torch.equal(other["embedding.weight"], first["embedding.weight"])
     assert not torch.equal(first["layers.0.expand.weight"], first["layers.1.expand.weight"])
