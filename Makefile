@@ -3,7 +3,6 @@
 # PYTHON=/path/to/python3.12 make …   chooses the interpreter that .venv is made of
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
-export TORCH_EXTENSIONS_DIR := $(CURDIR)/.venv/torch_extensions
 
 .PHONY: help venv quickstart test lint clean-venv
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv: the pinned environment of constraints.txt, the project itself (editable), DeepSpeed's compiled CPU op.
+# Sets up .venv: the pinned environment of constraints.txt and the project itself, editable.
 # Does nothing when that is done already; starts from nothing when an earlier set-up broke off. PYTHON chooses the
 # interpreter. Exit status 2: the machine lacks something, named with its remedy; nothing was installed.
 set -euo pipefail
@@ -7,7 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 root=$PWD
 venv=$root/.venv
 stamp=$venv/complete
-extensions=$venv/torch_extensions
 
 lacks() {
     printf 'error: %s\n' "$@" >&2
@@ -32,22 +31,19 @@ choose_python() {
             "Give the path of one, or leave PYTHON out to use the first that is on PATH."
     fi
     lacks "no working Python 3.11 or 3.12 on PATH (python3 is: $(python3 --version 2>&1 | head -n 1))." \
-        "Install one (Debian, Ubuntu: apt-get install python3 python3-venv python3-dev; conda: environment.yml)" \
+        "Install one (Debian, Ubuntu: apt-get install python3 python3-venv; conda: environment.yml)" \
         "or name it: make PYTHON=/path/to/python3.12 …"
 }
 
 # All that is missing is said in one go, before anything is installed.
 check_machine() {
-    local missing=() version compiler=${CXX:-c++} include
+    local missing=() version compiler=${CXX:-c++}
     [ "$(uname -sm)" = "Linux x86_64" ] || missing+=("this is $(uname -sm); only Linux x86_64 is supported.")
     version=$("$python" -c 'import sys; print("{}.{}".format(*sys.version_info))')
     "$python" -c 'import ensurepip, venv' 2>/dev/null ||
         missing+=("$python has no venv module. Debian, Ubuntu: apt-get install python$version-venv")
-    include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
-    [ -f "$include/Python.h" ] ||
-        missing+=("$python has no C headers ($include/Python.h). Debian, Ubuntu: apt-get install python$version-dev")
     if ! command -v $compiler >/dev/null; then
-        missing+=("no C++ compiler ($compiler), which DeepSpeed needs. Debian, Ubuntu: apt-get install g++")
+        missing+=("no C++ compiler ($compiler), which DeepSpeed and torch.compile need. Debian, Ubuntu: apt-get install g++")
     elif ! printf '#include <vector>\nint main() { return std::vector<int>{1}[0] - 1; }\n' |
         $compiler -std=c++20 -x c++ - -o /dev/null 2>/dev/null; then
         missing+=("the C++ compiler ($compiler) cannot build C++20 (GCC: 10 or newer). Debian, Ubuntu: apt-get install g++")
@@ -93,32 +89,10 @@ show_growth() {
     done
 }
 
-# DeepSpeed compiles its shared-memory op on first use, silently, and a process killed meanwhile leaves a lock that the
-# next one waits on for ever. So it is compiled here, once; later processes only load it.
-compile_op() {
-    local pins log=$venv/compile.log
-    pins=$(grep -E '^(torch|deepspeed)==' constraints.txt)
-    [ "$(cat "$extensions/made-for" 2>/dev/null)" != "$pins" ] || return 0
-    echo "== DeepSpeed's communication op for CPUs (compiles for about a minute)"
-    rm -rf "$extensions"
-    if ! DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR=$extensions PATH=$venv/bin:$PATH "$venv/bin/python" -c '
-from deepspeed.accelerator import get_accelerator
-get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-' >"$log" 2>&1; then
-        cat "$log" >&2
-        return 1
-    fi
-    echo "$pins" >"$extensions/made-for"
-}
-
 exec 9<"${BASH_SOURCE[0]}"
 flock -n 9 || { echo "another process is setting up .venv: waiting for it" && flock 9; }
 
-if is_complete; then
-    # Nothing compiles any more: a lock there was left by a killed run.
-    find "$extensions" -name lock -delete
-    exit 0
-fi
+! is_complete || exit 0
 choose_python
 check_machine
 if [ "$(head -n 1 "$stamp" 2>/dev/null)" = "$root" ] && serves; then
@@ -129,7 +103,6 @@ else
     "$python" -m venv "$venv"
 fi
 install_packages
-compile_op
 fingerprint >"$stamp.new"
 mv "$stamp.new" "$stamp"
 echo "== .venv is ready"

@@ -1,4 +1,4 @@
-"""What the machine offers to the tests: which marked tests can run here, and a private cache of compiled ops."""
+"""What the machine offers to the tests: which marked tests can run here."""
 
 import functools
 import json
@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -81,35 +80,6 @@ def pytest_make_collect_report(
     if FORBID_SKIPS and "gpu" not in collector.path.relative_to(collector.config.rootpath).parts:
         _forbid_skip(report)
     return report
-
-
-class PrivateExtensions:
-    """A copy of TORCH_EXTENSIONS_DIR for one process of pytest and its children.
-
-    A child killed while it loads a compiled op leaves a lock on which the next one would wait without end. In a copy
-    every lock found between two tests is such a leftover.
-    """
-
-    def __init__(self, source: Path) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="torch-extensions-"))
-        self.source = source
-        shutil.copytree(source, self.root, dirs_exist_ok=True)
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.root)
-
-    def pytest_runtest_setup(self) -> None:
-        for lock in self.root.glob("*/lock"):
-            lock.unlink()
-
-    def pytest_unconfigure(self) -> None:
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(self.source)
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    source = Path(os.environ.get("TORCH_EXTENSIONS_DIR", ""))
-    only_distributes = bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
-    if source.is_absolute() and source.is_dir() and not only_distributes:
-        config.pluginmanager.register(PrivateExtensions(source))
 
 
 ROOT = Path(__file__).resolve().parent.parent

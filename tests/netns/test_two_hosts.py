@@ -3,6 +3,7 @@
 The hosts are namespaces of this machine with a virtual cable between them; no packet leaves it.
 """
 
+import json
 import os
 import shlex
 import subprocess
@@ -14,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 pytestmark = pytest.mark.netns
 
+ROOT = Path(__file__).resolve().parents[2]
 INTERFACE = "cable"
 SYSTEM_PATH = "/usr/sbin:/sbin"
 
@@ -62,7 +65,7 @@ class Host:
 
     def run(self, command: list[str], env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
         """Run a command on this host, as somebody logged in there would."""
-        enter = ["nsenter", f"--target={self.init}", "--net", "--mount", "--pid", "--uts", f"--wd={Path.cwd()}"]
+        enter = ["nsenter", f"--target={self.init}", "--net", "--mount", "--pid", "--uts", f"--wd={ROOT}"]
         return subprocess.run([*enter, *command], env=env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -150,7 +153,7 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{host.address} slots=1\n" for host in hosts))
         exported = {"DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1"}
-        exported |= {name: os.environ[name] for name in ("PATH", "TORCH_EXTENSIONS_DIR") if name in os.environ}
+        exported["PATH"] = os.environ["PATH"]
         (folder / "deepspeed_env").write_text("".join(f"{name}={value}\n" for name, value in exported.items()))
         environment = {**exported, "DS_ENV_FILE": str(folder / "deepspeed_env")}
         yield TwoHosts(hosts[0], hosts[1], hostfile, environment)
@@ -161,3 +164,36 @@ def test_the_ranks_of_two_hosts_add_up(two_hosts: TwoHosts) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for rank, name in enumerate(("flash-a", "flash-b")):
         assert f"rank {rank} of 2 on {name} ['cable', 'lo'] sum 3" in result.stdout
+
+
+def losses(run: Path) -> list[float]:
+    records = [json.loads(line).get("metrics", {}) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["train/loss"] for record in records if "train/loss" in record]
+
+
+def test_training_on_two_hosts_gives_the_losses_of_one_process(
+    two_hosts: TwoHosts, prepared_data: Path, tmp_path: Path
+) -> None:
+    config = {
+        "run": {"dir": str(tmp_path / "two")},
+        "model": {"vocab_size": 384, "d_model": 32, "n_layers": 2, "qk_dim": 16, "chunk_size": 16},
+        "data": {
+            "path": str(prepared_data),
+            "seq_len": 64,
+            "validation": {"valid": {"path": str(prepared_data), "split": "valid"}},
+        },
+        "train": {"tokens": 2048, "tokens_per_step": 512, "precision": "fp32", "zero_stage": 2, "log_every": 1},
+        "tracking": {"enabled": False},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config))
+
+    result = two_hosts.deepspeed("launch/train.py", file, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "two/DONE").exists()
+
+    alone = [sys.executable, "launch/train.py", str(file), f"run.dir={tmp_path / 'one'}"]
+    result = two_hosts.second.run(alone, {**os.environ, **two_hosts.environment}, timeout=240)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(losses(tmp_path / "two")) == 4
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
