@@ -20,7 +20,7 @@ from pipeline.config import Content
 from pipeline.errors import UserError
 from pipeline.locations import Piece, SourceFile
 from pipeline.order import derive_key, keyed_hash
-from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter
+from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter, bin_path, idx_path
 from pipeline.sources import Survey, read_piece, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
@@ -193,10 +193,10 @@ def assemble_shard(
     workspace: Path, output: Path, split: str, number: int, parts: Sequence[ShardPart], vocab_size: int
 ) -> tuple[str, int, ShardRecord]:
     """Write one shard from the units' tokens, unless the ledger has it already; (split, number, record)."""
-    ledger = workspace / "shards" / f"{split}.{number:05d}.json"
-    if ledger.exists():
+    ledger, stem = workspace / "shards" / f"{split}.{number:05d}.json", output / split / f"shard-{number:05d}"
+    if ledger.exists() and bin_path(stem).exists() and idx_path(stem).exists():
         return split, number, ShardRecord(**json.loads(ledger.read_bytes()))
-    with ShardWriter(output / split / f"shard-{number:05d}", vocab_size) as writer:
+    with ShardWriter(stem, vocab_size) as writer:
         for part in parts:
             unit = Shard(unit_stem(workspace, part.unit, split))
             start = int(unit.offsets[part.start]) // unit.tokens.itemsize

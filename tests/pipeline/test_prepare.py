@@ -128,11 +128,12 @@ class TestBytes:
             while not done.is_set() and len(killed) < 4:
                 units = len(list((tmp_path / "data" / ".work" / "units").glob("*.json")))
                 if units > 15 * len(killed):
-                    for process in psutil.process_iter(["pid", "cmdline"]):
-                        if (process.info["cmdline"] or [""])[0].startswith("ray::encode_unit"):
-                            process.kill()
-                            killed.append(process.pid)
-                            break
+                    for process in psutil.Process().children(recursive=True):
+                        with suppress(psutil.NoSuchProcess):
+                            if process.name().startswith("ray::encode_uni"):
+                                process.kill()
+                                killed.append(process.pid)
+                                break
                 time.sleep(0.02)
 
         thread = threading.Thread(target=kill_workers)
