@@ -161,6 +161,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
         "PYTHONPATH": str(folder),
         "OMP_NUM_THREADS": "1",
         "RAY_FOLDER": str(ray_folder),
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
         MARK: uuid4().hex,
     }
     place = Workspace(folder, environment)
@@ -197,6 +198,11 @@ def test_block_runs(block: Block, workspace: Workspace) -> None:
         process = workspace.start(script)
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, f"README.md, line {block.line}:\n{script}\n{output}"
+
+
+def test_nothing_was_compiled(workspace: Workspace) -> None:
+    """DeepSpeed compiles ops on first use, without a word and for minutes; none of ours is to need that."""
+    assert not (workspace.folder / "extensions").exists()
 
 
 def serve(script: str, workspace: Workspace) -> None:
