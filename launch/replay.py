@@ -33,6 +33,9 @@ class Sender:
     """Carries one run's records, in order, from its directory to an MLflow store."""
 
     def __init__(self, directory: RunDirectory) -> None:
+        # MLflow's own retries take minutes and say nothing; this module has its own.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         import mlflow
 
         self._directory = directory
@@ -162,18 +165,25 @@ class Sender:
 
     def _register_checkpoint(self, run_id: str, record: dict[str, Any]) -> None:
         import mlflow
+        from mlflow.entities import LoggedModelOutput
 
         path = Path(record["checkpoint"])
-        experiment_id = self._client.get_run(run_id).info.experiment_id
+        run = self._client.get_run(run_id)
+        experiment_id = run.info.experiment_id
         same = f"name = '{path.name}' AND source_run_id = '{run_id}'"
-        if not self._client.search_logged_models([experiment_id], filter_string=same, max_results=1):
-            mlflow.create_external_model(
+        known = self._client.search_logged_models([experiment_id], filter_string=same, max_results=1)
+        if known:
+            model = known[0]
+        else:
+            model = mlflow.create_external_model(
                 name=path.name,
                 source_run_id=run_id,
                 experiment_id=experiment_id,
                 model_type="checkpoint",
                 tags={"path": str(path), "step": str(record["step"])},
             )
+        if model.model_id not in [output.model_id for output in run.outputs.model_outputs]:
+            self._client.log_outputs(run_id, [LoggedModelOutput(model_id=model.model_id, step=record["step"])])
 
     def _log_figure(self, run_id: str) -> None:
         from launch.figures import loss_curves
@@ -195,16 +205,15 @@ def _dataset_entity(dataset: dict[str, Any]) -> Any:
     )
 
 
-def replay(directory: RunDirectory, *, follow: bool) -> int:
-    """Send everything; with `follow`, go on until the parent process has ended. Returns the exit status.
+def replay(directory: RunDirectory, *, follow: int | None) -> int:
+    """Send everything; with `follow`, go on until that parent process has ended. Returns the exit status.
 
     A server that does not answer is tried again: without end while the parent lives, for `PATIENCE_SECONDS` after.
     """
-    parent = os.getppid()
     sender: Sender | None = None
     ended_at: float | None = None
     while True:
-        alive = follow and os.getppid() == parent
+        alive = os.getppid() == follow
         if not alive and ended_at is None:
             ended_at = time.monotonic()
         try:
@@ -213,7 +222,7 @@ def replay(directory: RunDirectory, *, follow: bool) -> int:
             if sender.status in FINAL:
                 return 0
             if not alive and not sent:
-                if follow:
+                if follow is not None:
                     sender.end_killed()
                 return 0
             if alive:
@@ -229,7 +238,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.replay", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--follow", action="store_true", help="go on until the process that started this one has ended")
+    parser.add_argument("--follow", type=int, metavar="PID", help="go on until the process that started this one ends")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     directory = RunDirectory(arguments.run_dir.absolute())

@@ -30,7 +30,7 @@ def write_report(config: RunConfig, path: Path, stage_seconds: dict[str, float])
     scores = last_metrics(directory.metrics, f"{name}/")
     unigram, xz = unigram_bits_per_byte(training, held_out), xz_bits_per_byte(held_out)
     ours = scores["bits_per_byte"]
-    timings = json.loads((config.data.path / "manifest.json").read_text())["timings"]
+    timings = json.loads((config.data.path / "manifest.json").read_text())["seconds"]
     store = config.tracking.uri or f"sqlite:///{config.run.dir / 'mlflow.db'}"
     run_dir = os.path.relpath(config.run.dir)
     rows = [
@@ -138,8 +138,13 @@ def _sample(run_dir: Path) -> str:
 
 def _training_parts(metrics: Path) -> str:
     records = _records(metrics)
-    steps = sum(record.get("metrics", {}).get("perf/step_seconds", 0.0) for record in records)
-    return f"{duration(steps)} in steps, the rest start-up, evaluation and saving"
+    # By step: a step that a restart repeated counts once.
+    steps = {record["step"]: record["metrics"]["perf/step_seconds"] for record in records if _is_step(record)}
+    return f"{duration(sum(steps.values()))} in steps, the rest start-up, evaluation and saving"
+
+
+def _is_step(record: dict[str, Any]) -> bool:
+    return "perf/step_seconds" in record.get("metrics", {})
 
 
 def _records(metrics: Path) -> list[dict[str, Any]]:

@@ -68,6 +68,11 @@ class RunDirectory:
         uid = json.loads(self.facts.read_text())["uid"] if self.facts.exists() else uuid.uuid4().hex
         write_json(self.facts, {"uid": uid, **facts})
 
+    def close(self) -> None:
+        """Give up the lock."""
+        if self._lock:
+            self._lock.close()
+
     def finish(self, step: int, tokens: int) -> None:
         """Mark the run as finished."""
         write_json(self.done, {"step": step, "tokens": tokens})

@@ -36,7 +36,7 @@ class Tracker:
         psutil.cpu_percent()
         self._write({"status": "RUNNING"})
         if config.tracking.enabled:
-            command = [sys.executable, "-m", "launch.replay", str(directory.path), "--follow"]
+            command = [sys.executable, "-m", "launch.replay", str(directory.path), "--follow", str(os.getpid())]
             environment = os.environ | {
                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                 "CUDA_VISIBLE_DEVICES": "",

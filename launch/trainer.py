@@ -167,6 +167,7 @@ def train(config: RunConfig, processes: Processes) -> int:
         if tracker and (message := tracker.close(outcome)):
             say(message)
     processes.barrier()
+    directory.close()
     return status
 
 

@@ -1,0 +1,189 @@
+"""Every record reaches MLflow once, in the store at once or after a server that was dead."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import RunConfig, load_run_config
+from launch.replay import Sender
+from launch.run_directory import RunDirectory
+from launch.tracking import Tracker, last_attempt, run_facts
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@pytest.fixture
+def config(write_config: Callable[..., Path], tmp_path: Path) -> RunConfig:
+    return load_run_config(write_config(run={"dir": str(tmp_path / "run"), "name": "a run"}))
+
+
+@pytest.fixture
+def directory(config: RunConfig) -> RunDirectory:
+    return open_directory(config)
+
+
+def open_directory(config: RunConfig) -> RunDirectory:
+    dataset = {"name": "data/train", "digest": DIGEST, "path": "/data", "documents": 3, "tokens": 50, "utf8_bytes": 200}
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, run_facts(config, {"training": dataset}, world_size=2))
+    return directory
+
+
+def quiet(config: RunConfig) -> RunConfig:
+    """Without a sender process: the test sends by itself."""
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": False})})
+
+
+def history(directory: RunDirectory, name: str) -> list[tuple[int, float]]:
+    from mlflow import MlflowClient
+
+    state = json.loads(directory.tracking.read_text())
+    found = MlflowClient(tracking_uri=state["uri"]).get_metric_history(state["run_id"], name)
+    return sorted((metric.step, metric.value) for metric in found)
+
+
+def stored_run(directory: RunDirectory) -> Any:
+    from mlflow import MlflowClient
+
+    state = json.loads(directory.tracking.read_text())
+    return MlflowClient(tracking_uri=state["uri"]).get_run(state["run_id"])
+
+
+def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig, directory: RunDirectory) -> None:
+    tracker = Tracker(directory, quiet(config), attempt=0)
+    for step in range(1, 6):
+        tracker.log(step, {"train/loss": 10.0 - step, "train/lr": 0.1})
+    tracker.checkpoint(3, directory.checkpoints / "step-00000003")
+    sender = Sender(directory)
+    assert sender.send_new()
+    assert not sender.send_new(), "nothing was new"
+    with open(directory.metrics, "a") as file:
+        file.write('{"time": 1, "attempt": 0, "step": 6, "metr')  # killed while writing
+
+    directory.close()
+    directory = open_directory(config)
+    assert last_attempt(directory.metrics) == 0
+    tracker = Tracker(directory, quiet(config), attempt=1)
+    for step in range(4, 9):
+        tracker.log(step, {"train/loss": 20.0 - step})
+    tracker.close("FINISHED")
+    sender = Sender(directory)
+    sender.send_new()
+    assert history(directory, "train/loss") == [
+        (1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 5.0), (6, 14.0), (7, 13.0), (8, 12.0),
+    ]  # fmt: skip
+
+    run = stored_run(directory)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "a run"
+    assert run.data.params["model.d_model"] == "32"
+    assert run.data.params["train.zero_stage"] == "2"
+    assert run.data.tags["world_size"] == "2"
+    assert run.data.tags["dataset.training.digest"] == DIGEST
+    (logged,) = run.inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("data/train", DIGEST[:32])
+    assert len(run.outputs.model_outputs) == 1
+    assert (directory.path / "artifacts").is_dir()
+    assert not Path("mlruns").exists()
+
+
+def test_a_sender_that_died_after_sending_sends_nothing_twice(config: RunConfig, directory: RunDirectory) -> None:
+    tracker = Tracker(directory, quiet(config), attempt=0)
+    for step in range(1, 4):
+        tracker.log(step, {"train/loss": float(step)})
+    tracker.checkpoint(3, directory.checkpoints / "step-00000003")
+    Sender(directory).send_new()
+    state = json.loads(directory.tracking.read_text())
+    directory.tracking.write_text(json.dumps({"uri": state["uri"], "offset": 0}))
+    sender = Sender(directory)
+    sender.send_new()
+    assert json.loads(directory.tracking.read_text())["run_id"] == state["run_id"]
+    assert history(directory, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert len(stored_run(directory).outputs.model_outputs) == 1
+
+
+def test_a_run_that_is_killed_ends_as_killed(config: RunConfig, directory: RunDirectory, tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+from launch.config import load_run_config
+from launch.run_directory import RunDirectory
+from launch.tracking import Tracker
+config = load_run_config({str(tmp_path / "run.yaml")!r})
+tracker = Tracker(RunDirectory(config.run.dir), config, 0)
+tracker.log(1, {{"train/loss": 5.0}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    wait_for(lambda: directory.tracking.exists() and stored_run(directory).info.status == "KILLED", 90)
+    assert history(directory, "train/loss") == [(1, 5.0)]
+
+
+def test_a_server_that_is_dead_loses_nothing(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Dead when the run starts, killed while it goes on, back before it ends: the sender process sees it through."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    config = load_run_config(write_config(run={"dir": str(tmp_path / "run")}, tracking={"uri": uri}))
+    directory = open_directory(config)
+    began = time.monotonic()
+    tracker = Tracker(directory, config, attempt=0)
+    tracker.log(1, {"train/loss": 1.0})
+    assert time.monotonic() - began < 5, "the trainer waited for the server"
+    wait_for(lambda: "did not take the records" in (directory.path / "replay.log").read_text(), 90)
+    with server(tmp_path, port):
+        wait_for(lambda: directory.tracking.exists() and history(directory, "train/loss") == [(1, 1.0)], 90)
+    tracker.log(2, {"train/loss": 2.0})
+    time.sleep(2)
+    with server(tmp_path, port):
+        tracker.log(3, {"train/loss": 3.0})
+        assert tracker.close("FINISHED") is None
+        assert history(directory, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+        assert stored_run(directory).info.status == "FINISHED"
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """A real MLflow server over a store in `folder`, ended by SIGKILL."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder / 'server.db'}",
+        "--artifacts-destination",
+        str(folder / "art"),
+    ]
+    with open(folder / "server.log", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        wait_for(lambda: answers(port), 120)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.3)

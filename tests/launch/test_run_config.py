@@ -1,0 +1,75 @@
+"""Mistakes in a run's config: all of them at once, each with its key and the way out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.config import accumulation_steps, load_run_config
+from launch.deepspeed_config import deepspeed_config
+from pipeline.errors import UserError
+
+WriteConfig = Callable[..., Path]
+
+
+def test_overrides_and_resume(write_config: WriteConfig) -> None:
+    config = load_run_config(write_config(), ["optimizer.lr=3e-3", "train.zero_stage=3"], resume=True)
+    assert (config.optimizer.lr, config.train.zero_stage, config.run.resume) == (3e-3, 3, "must")
+    assert config.run.dir.is_absolute()
+    assert config.data.path.is_absolute()
+    assert config.steps == 8
+    assert config.samples_per_step == 8
+
+
+def test_two_mistakes_are_reported_at_once(write_config: WriteConfig) -> None:
+    path = write_config(train={"zero_stag": 1, "micro_batch": "two"}, model={"d_model": -1})
+    with pytest.raises(UserError) as caught:
+        load_run_config(path)
+    message = str(caught.value)
+    for expected in ("train.zero_stag", "zero_stage", "train.micro_batch", "two", "model.d_model", str(path)):
+        assert expected in message
+
+
+def test_what_does_not_fit_together_is_reported_at_once(write_config: WriteConfig) -> None:
+    path = write_config(
+        train={"tokens_per_step": 1000, "precision": "bf16", "zero_stage": 0},
+        schedule={"kind": "wsd", "warmup_tokens": 10**9},
+        deepspeed={"zero_optimisation": {"stage": 1}, "elasticity": {}, "gradient_clipping": 1.0},
+    )
+    with pytest.raises(UserError) as caught:
+        load_run_config(path)
+    message = str(caught.value)
+    assert "train.tokens_per_step: 1,000 is not a multiple of" in message
+    assert "896 or 1,024" in message
+    assert "stage 1" in message
+    assert "schedule.decay_tokens" in message
+    assert "warm-up" in message
+    assert "deepspeed.zero_optimisation: unknown key; did you mean zero_optimization?" in message
+    assert "deepspeed.elasticity: removed" in message
+    assert "deepspeed.gradient_clipping: set by this project; use optimizer.gradient_clip" in message
+
+
+def test_a_batch_that_does_not_divide_lists_what_would(write_config: WriteConfig) -> None:
+    config = load_run_config(write_config())
+    assert [accumulation_steps(config, world) for world in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(UserError, match=r"384 or 768, or one of 1, 2, 4 processes"):
+        accumulation_steps(config, 3)
+
+
+def test_deepspeed_section_is_merged_last(write_config: WriteConfig) -> None:
+    path = write_config(deepspeed={"zero_optimization": {"reduce_bucket_size": 1000}}, optimizer={"gradient_clip": 0.0})
+    settings = deepspeed_config(load_run_config(path, ["train.precision=bf16"]), 4)
+    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    assert settings["gradient_clipping"] == 0.0, "absent, DeepSpeed would clip at 1.0"
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["communication_data_type"] == "fp32"
+
+
+def test_masked_models_cannot_be_trained_to_predict_the_next_token(write_config: WriteConfig) -> None:
+    with pytest.raises(UserError, match=r"model\.causal"):
+        load_run_config(write_config(model={"causal": False}))
+
+
+def test_a_window_longer_than_flash_quad_reads(write_config: WriteConfig) -> None:
+    with pytest.raises(UserError, match=r"model\.norm_length: 32 is shorter than data\.seq_len 64"):
+        load_run_config(write_config(model={"architecture": "flash_quad", "norm_length": 32}))
