@@ -263,6 +263,18 @@ def test_states_of_pieces_combine_to_the_state_of_the_whole(seed: int) -> None:
         torch.testing.assert_close(tuple(found), tuple(a), rtol=0, atol=0)
 
 
+def test_a_piece_of_several_documents_drops_what_came_before_whatever_their_numbers() -> None:
+    _, a = mixed_chunk_attention(*random_inputs(C), chunk_size=C, return_state=True)
+    _, b = mixed_chunk_attention(*random_inputs(C, seed=1), chunk_size=C, return_state=True)
+    several = b._replace(single=torch.tensor([False, True]))
+    found = combine(a, several)
+    assert torch.equal(found.sum[0], b.sum[0])
+    assert torch.equal(found.sum[1], a.sum[1] + b.sum[1])
+    assert found.count.tolist() == [1, 2]
+    assert found.single is not None
+    assert found.single.tolist() == [False, True]
+
+
 def test_combine_asks_whether_a_piece_is_one_document() -> None:
     _, state = mixed_chunk_attention(*random_inputs(C), chunk_size=C, return_state=True)
     with pytest.raises(ValueError, match="single"):
