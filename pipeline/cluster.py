@@ -50,7 +50,9 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
             ray.shutdown()
         return
     workers = execution.workers or os.cpu_count() or 1
-    folder = _own_folder(execution.output)
+    folder = own_folder(execution.output)
+    # A killed run's remains.
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         ray.init(
             address="local",
@@ -81,12 +83,10 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _own_folder(output: Path) -> Path:
-    """A short path (Ray's sockets lie below it), the same for the same output: a killed run's remains are removed."""
+def own_folder(output: Path) -> Path:
+    """Where a Ray of one's own keeps its files: a short path (its sockets lie there), the same for the same output."""
     name = blake2b(str(output.expanduser().absolute()).encode(), digest_size=6).hexdigest()
-    folder = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{name}"
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
+    return Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{name}"
 
 
 def run_tasks(function: Callable[..., R], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[R]:

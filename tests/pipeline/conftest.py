@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +55,8 @@ def ray_address() -> Iterator[str]:
     """A running Ray with three CPUs to which this process is connected."""
     import ray
 
+    # Short, for Ray's sockets.
+    folder = tempfile.mkdtemp(prefix="ray-")
     context = ray.init(
         address="local",
         num_cpus=3,
@@ -60,9 +64,11 @@ def ray_address() -> Iterator[str]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
+        _temp_dir=folder,
     )
     yield context.address_info["gcs_address"]
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

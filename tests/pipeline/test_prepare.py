@@ -20,6 +20,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from pipeline.cluster import own_folder
 from pipeline.config import PrepareConfig
 from pipeline.encode import choose_split
 from pipeline.errors import UserError
@@ -184,6 +185,7 @@ def test_a_job_that_is_ended_goes_on(
     for agent in agents:
         with suppress(psutil.NoSuchProcess):
             agent.kill()
+    shutil.rmtree(own_folder(output), ignore_errors=how is signal.SIGINT)
     assert not (output / MANIFEST).exists()
     with pytest.raises(UserError, match="not a dataset"):
         TokenDataset.open(output, "train")
