@@ -70,7 +70,7 @@ serves() {
 }
 
 install_packages() {
-    echo "== packages into .venv (about 3 GB, more for the CUDA build of torch)"
+    echo "== packages into .venv (3 GB; 6 GB with the CUDA build of torch)"
     show_growth 9<&- &
     trap "kill $! 2>/dev/null || true" EXIT
     "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
