@@ -1,4 +1,4 @@
-"""The settings DeepSpeed is given: derived from the run's config, with its `deepspeed:` section merged last and checked.
+"""DeepSpeed's settings: derived from the run's config, with its `deepspeed:` section merged last and checked.
 
 DeepSpeed 0.19.8 ignores unknown top-level keys in silence, so they are checked here. It checks nested ones itself.
 """

@@ -1,4 +1,4 @@
-"""Check a run without starting it: `python -m launch.plan CONFIG [key=value …] [--devices N] [--memory GiB] [--peak T]`.
+"""Check a run without starting it: `python -m launch.plan CONFIG [key=value …] [--devices N]`.
 
 Prints parameters, FLOPs, memory by ZeRO stage, steps, epochs and time. Needs no GPU, and starts no process.
 """
@@ -24,8 +24,10 @@ def plan_lines(
     accumulation = accumulation_steps(config, devices)
     parameters, flops = count_parameters(model), flops_per_token(model, data.seq_len)
     tokens = config.steps * train.tokens_per_step
-    yield f"model       {model.architecture}, {model.n_layers} layers, d_model {model.d_model}: {parameters:,} parameters"
-    yield f"flops       {flops.training / 1e6:,.1f} MFLOP per token trained (3 × forward), {flops.training * tokens:.3g} in all"
+    size = f"{model.n_layers} layers, d_model {model.d_model}: {parameters:,} parameters"
+    yield f"model       {model.architecture}, {size}"
+    per_token = f"{flops.training / 1e6:,.1f} MFLOP per token trained (3 × forward)"
+    yield f"flops       {per_token}, {flops.training * tokens:.3g} FLOP in all"
     yield (
         f"batch       {train.tokens_per_step:,} tokens = {devices} devices × {accumulation} accumulated × "
         f"micro batch {train.micro_batch} × seq_len {data.seq_len:,}"
@@ -38,10 +40,11 @@ def plan_lines(
     else:
         windows = -(-training.n_tokens // data.seq_len)
         epochs = config.steps * config.samples_per_step / windows
-        yield f"data        {training.path}: {training.n_tokens:,} tokens, {epochs:.2f} epochs; digest {training.digest[:16]}"
+        seen = f"{training.n_tokens:,} tokens, {epochs:.2f} epochs; digest {training.digest[:16]}"
+        yield f"data        {training.path}: {seen}"
         for name, dataset in validation.items():
             yield f"            {name}: {dataset.n_tokens:,} tokens, {dataset.n_utf8_bytes:,} bytes"
-    yield f"memory      GiB on each device, {train.precision}, micro batch {train.micro_batch}, by formula (temporary buffers come on top)"
+    yield f"memory      GiB on each device, {train.precision}, by formula (temporary buffers come on top)"
     yield "            ZeRO  weights  gradients  optimizer  activations   total"
     for stage in range(4):
         parts = estimate_memory(config, devices, stage)
@@ -57,8 +60,8 @@ def plan_lines(
     if peak:
         seconds = flops.training * tokens / (devices * peak * 1e12 * ASSUMED_UTILISATION)
         yield (
-            f"time        {duration(seconds)} if {devices} devices of {peak:g} TFLOP/s reach {ASSUMED_UTILISATION:.0%} of it "
-            "(an assumption: measure a few steps)"
+            f"time        {duration(seconds)} if {devices} devices of {peak:g} TFLOP/s reach {ASSUMED_UTILISATION:.0%} "
+            "of it (an assumption: measure a few steps)"
         )
     else:
         yield "time        give --peak TFLOPS of one device for an estimate"

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from launch.config import load_run_config
+from launch.engine import free_port
 from launch.progress import duration
 from launch.report import write_report
 from launch.run_directory import RunDirectory
@@ -40,6 +41,7 @@ def main() -> int:
     stages = Stages(directory.path / "stages.json")
     stages.run("data", "text to token shards, with Ray", [sys.executable, "-m", "pipeline.prepare", DATA_CONFIG])
     launcher = ["deepspeed", "--quiet", "--num_accelerators", str(PROCESSES), "--master_addr", "127.0.0.1"]
+    launcher += ["--master_port", str(free_port())]
     launcher += ["launch/train.py", RUN_CONFIG, "run.resume=auto", *overrides]
     stages.run(
         "training", f"{config.train.tokens:,} tokens, {PROCESSES} processes, ZeRO-{config.train.zero_stage}", launcher

@@ -1,4 +1,4 @@
-"""The quick start's report: what was trained, how good it is beside two baselines, what it writes, and where to go on."""
+"""The quick start's report: what was trained, how good it is beside two baselines, what it writes, what next."""
 
 import json
 import lzma
@@ -33,6 +33,11 @@ def write_report(config: RunConfig, path: Path, stage_seconds: dict[str, float])
     timings = json.loads((config.data.path / "manifest.json").read_text())["seconds"]
     store = config.tracking.uri or f"sqlite:///{config.run.dir / 'mlflow.db'}"
     run_dir = os.path.relpath(config.run.dir)
+    model = config.model
+    shape = f"{model.n_layers} layers, d_model {model.d_model}, chunk {model.chunk_size}"
+    how = f"{config.steps:,} steps, two processes, ZeRO-{config.train.zero_stage}, {config.train.precision}"
+    parts = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items())
+    further = f"configs/quickstart.yaml --resume train.tokens={2 * config.train.tokens}"
     rows = [
         ("FLASH, this run", f"{ours:.3f}", ""),
         ("unigram distribution of the training tokens", f"{unigram:.3f}", f"{1 - ours / unigram:.1%} below"),
@@ -42,11 +47,11 @@ def write_report(config: RunConfig, path: Path, stage_seconds: dict[str, float])
 
 | | |
 |---|---|
-| model | {config.model.n_layers} layers, d_model {config.model.d_model}, chunk {config.model.chunk_size}, {count_parameters(config.model):,} parameters |
+| model | {shape}, {count_parameters(model):,} parameters |
 | training text | {training.n_documents:,} documents, {training.n_tokens:,} tokens, {training.n_utf8_bytes:,} bytes |
 | held-out text | {held_out.n_documents:,} documents, {held_out.n_tokens:,} tokens, {held_out.n_utf8_bytes:,} bytes |
 | data digest | `{training.digest}` |
-| trained on | {directory.done_tokens:,} tokens in {config.steps:,} steps, two processes, ZeRO-{config.train.zero_stage}, {config.train.precision} |
+| trained on | {directory.done_tokens:,} tokens in {how} |
 | held-out loss | {scores["loss"]:.4f} nats per token |
 | held-out perplexity | {scores["perplexity"]:.2f} |
 
@@ -65,7 +70,7 @@ added to every count), which knows which words are common and nothing of context
 |---|---|
 {_table([(stage, duration(seconds)) for stage, seconds in stage_seconds.items()])}
 
-Of data: {", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.items())}. Of training: {_training_parts(directory.metrics)}.
+Of data: {parts}. Of training: {_training_parts(directory.metrics)}.
 
 ## What it writes
 
@@ -79,7 +84,7 @@ Of data: {", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in timings.ite
 # let it write
 .venv/bin/python -m flash_model.generate {run_dir} --prompt "{PROMPT}"
 # train it further
-.venv/bin/deepspeed --num_accelerators 2 launch/train.py configs/quickstart.yaml --resume train.tokens={2 * config.train.tokens}
+.venv/bin/deepspeed --num_accelerators 2 launch/train.py {further}
 # go bigger: what would the 110 M model of the paper need?
 .venv/bin/python -m launch.plan configs/wiki40b/flash-8k.yaml --devices 8 --memory 80
 ```

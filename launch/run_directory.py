@@ -46,10 +46,10 @@ class RunDirectory:
             )
 
     def open(self, config: RunConfig, facts: dict[str, Any]) -> None:
-        """Create the directory, lock it against a second trainer, and write the resolved config (first process only)."""
+        """Create the directory, lock it against a second trainer, write the resolved config (first process only)."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 (held until close)
         except OSError as error:
             raise UserError(
                 f"run.dir: cannot write to {self.path}: {error.strerror}; choose another directory"

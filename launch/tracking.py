@@ -31,7 +31,7 @@ class Tracker:
         self._directory = directory
         self._attempt = attempt
         _drop_torn_line(directory.metrics)
-        self._file = open(directory.metrics, "a", encoding="utf-8")
+        self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
         self._sender: subprocess.Popen[bytes] | None = None
         psutil.cpu_percent()
         self._write({"status": "RUNNING"})
@@ -115,12 +115,11 @@ def last_attempt(path: Path) -> int:
 def system_metrics() -> dict[str, float]:
     """Load of this machine now, under MLflow's names for system metrics."""
     memory = psutil.virtual_memory()
-    metrics = {
+    return {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),
         "system/system_memory_usage_percentage": memory.percent,
         "system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
     }
-    return metrics
 
 
 def run_facts(config: RunConfig, datasets: dict[str, dict[str, Any]], world_size: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     try:
-        from launch.config import load_run_config
+        from launch.config import accumulation_steps, load_run_config
         from launch.engine import check_hostfile, start_processes
         from launch.progress import say
         from launch.run_directory import RunDirectory
@@ -41,6 +41,7 @@ def main() -> int:
             say(f"nothing to do: {directory.path} is done at {done:,} tokens; raise train.tokens to go on")
             return 0
         directory.check(config.run.resume)
+        accumulation_steps(config, int(os.environ.get("WORLD_SIZE", "1")))
         open_datasets(config)
         processes = start_processes()
         status = train(config, processes)

@@ -4,7 +4,6 @@ Section 2 of the paper. Time and memory are linear in T, and backward recomputes
 
 Shape letters: B batch, T time, G chunks, C chunk, S query/key, E values, H = 4 heads (quad_q, quad_k, lin_q, lin_k).
 """
-# ruff: noqa: N815
 
 from typing import NamedTuple
 

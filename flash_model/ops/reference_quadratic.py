@@ -4,7 +4,6 @@ Section 1 of the paper. Queries are taken in blocks, so that no tensor is larger
 
 Shape letters: B batch, T time, R rows of a block of queries, N keys that it reads, S query/key, E values, H = 2 heads.
 """
-# ruff: noqa: N815
 
 from collections.abc import Iterator
 from typing import NamedTuple

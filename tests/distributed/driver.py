@@ -1,7 +1,7 @@
 """Runs several cases in one launch, since starting DeepSpeed costs more than training these models.
 
-Started by the deepspeed launcher with a JSON file: a list of cases, each {"config", "overrides", "action"} with the action
-"train" (and "stop_after": steps after which a STOP file appears) or "gradients" (those of the first step, to "output").
+Started by the deepspeed launcher with a JSON file: a list of {"config", "overrides", "action"}. The action is
+"train" (with "stop_after": steps after which a STOP file appears) or "gradients" (the first step's, to "output").
 """
 
 import json

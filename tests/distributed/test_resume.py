@@ -12,9 +12,7 @@ STAGES = (0, 1, 2, 3)
 
 
 @pytest.fixture(scope="module")
-def folder(
-    run_cases: Callable[..., list[int]], run_config: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each stage a run of 8 steps, and one that is stopped after 3 and continued in another launch."""
     folder = tmp_path_factory.mktemp("resume")
 

@@ -1,5 +1,6 @@
 """The learning rate as a function of tokens."""
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_cosine(config: Callable[..., RunConfig]) -> None:
     lrs = curve(config(kind="cosine"))
     assert lrs[249] == pytest.approx(PEAK * 0.5 * (1 + math.cos(math.pi * 0.2495)))
     assert lrs[499] == pytest.approx(PEAK / 2, rel=0.01)
-    assert all(before > after for before, after in zip(lrs, lrs[1:], strict=False))
+    assert all(before > after for before, after in itertools.pairwise(lrs))
 
 
 def test_warm_up_stable_decay(config: Callable[..., RunConfig]) -> None:

@@ -1,0 +1,75 @@
+"""The dry run, and every configuration that is shipped."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_model.lm import build_model
+from launch.config import load_run_config
+from launch.memory import estimate_memory
+from launch.plan import plan_lines
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = [path for path in sorted(ROOT.glob("configs/**/*.yaml")) if "run:" in path.read_text().splitlines()]
+
+
+def test_runs_are_found() -> None:
+    assert {"quickstart.yaml", "flash-8k.yaml"} <= {path.name for path in RUNS}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_first_loss_of_a_shipped_run_is_that_of_guessing(path: Path) -> None:
+    config = load_run_config(path)
+    model = build_model(config.model, seed=config.run.seed, dtype=torch.float32)
+    # The first loss does not depend on the length: a short window keeps the largest model affordable here.
+    tokens = torch.randint(4, config.model.vocab_size, (1, 257), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        nats = model(tokens[:, :-1], tokens[:, 1:])
+    assert nats.item() / 256 == pytest.approx(math.log(config.model.vocab_size), rel=0.02)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_shipped_run_can_be_planned(path: Path) -> None:
+    lines = list(plan_lines(load_run_config(path), devices=2, memory_gib=80.0, peak_tflops=989.0))
+    assert any("parameters" in line for line in lines)
+    assert any("← configured" in line for line in lines)
+
+
+def test_the_plan_says_what_training_needs(prepared_data: Path, write_config: Callable[..., Path]) -> None:
+    path = write_config(data={"path": str(prepared_data)})
+    command = [sys.executable, "-m", "launch.plan", str(path), "--devices", "2", "--memory", "0.0001"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((prepared_data / "manifest.json").read_text())
+    tokens = manifest["splits"]["train"]["tokens"]
+    windows = -(-tokens // 64)
+    for expected in (
+        "512 tokens = 2 devices × 2 accumulated × micro batch 2 × seq_len 64",
+        "8 steps, 4,096 tokens",
+        f"{tokens:,} tokens, {64 / windows:.2f} epochs; digest {manifest['digest'][:16]}",
+        "does not fit 0.0001 GiB",
+    ):
+        assert expected in done.stdout
+    parameters = sum(p.numel() for p in build_model(load_run_config(path).model, device="meta").parameters())
+    assert f"{parameters:,} parameters" in done.stdout
+
+
+def test_a_plan_for_devices_that_do_not_divide_is_refused(write_config: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match="3 processes"):
+        list(plan_lines(load_run_config(write_config()), devices=3, memory_gib=None, peak_tflops=None))
+
+
+def test_zero_stages_cut_what_they_say(write_config: Callable[..., Path]) -> None:
+    config = load_run_config(write_config(), ["train.precision=bf16"])
+    parameters = sum(p.numel() for p in build_model(config.model, device="meta").parameters())
+    parts = [estimate_memory(config, 4, stage) for stage in range(4)]
+    assert [p.weights for p in parts] == [2 * parameters] * 3 + [parameters / 2]
+    assert [p.optimizer for p in parts] == [12 * parameters] + [3 * parameters] * 3
+    assert parts[1].gradients == parts[0].gradients == 4 * parts[2].gradients

@@ -1,0 +1,177 @@
+"""`launch/train.py` by one process: what a user does wrong, checkpoints, and continuing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WriteConfig = Callable[..., Path]
+
+
+def train(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "launch/train.py", str(config), "tracking.enabled=false", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def config(write_config: WriteConfig, prepared_data: Path, tmp_path: Path) -> Path:
+    return write_config(run={"dir": str(tmp_path / "run")}, data={"path": str(prepared_data)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["optimzer.lr=1", "train.micro_batch=two"], ["optimzer", "optimizer", "train.micro_batch", "two"]),
+        (["train.tokens_per_step=500"], ["train.tokens_per_step: 500", "384 or 512"]),
+        (["data.path=does/not/exist"], ["does/not/exist", "manifest.json", "pipeline.prepare"]),
+        (["data.split=test"], ["no split 'test'", "train, valid"]),
+        (["model.vocab_size=100"], ["model.vocab_size: 100", "384"]),
+        (["--resume"], ["nothing to resume from", "--resume"]),
+        (["deepspeed.zero_optimisation.stage=1"], ["deepspeed.zero_optimisation", "did you mean zero_optimization"]),
+        (["=3"], ["=3"]),
+    ],
+)
+def test_user_errors(config: Path, tmp_path: Path, arguments: list[str], expected: list[str]) -> None:
+    done = train(config, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    for part in expected:
+        assert part in done.stderr
+    assert not (tmp_path / "run").exists(), "something was left behind"
+
+
+def test_a_missing_config_file(tmp_path: Path) -> None:
+    done = train(tmp_path / "none.yaml")
+    assert done.returncode == 2
+    assert str(tmp_path / "none.yaml") in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_settings_that_deepspeed_refuses(config: Path) -> None:
+    done = train(config, "deepspeed.zero_optimization.reduce_bucket_sizes=5")
+    assert done.returncode == 2, done.stderr
+    assert "reduce_bucket_sizes" in done.stderr.split("error: ")[-1]
+
+
+@pytest.fixture(scope="module")
+def finished(prepared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps with a checkpoint after 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = {
+        "run": {"dir": str(folder / "run")},
+        "model": {"vocab_size": 384, "d_model": 32, "n_layers": 2, "qk_dim": 16, "chunk_size": 16},
+        "data": {"path": str(prepared_data), "seq_len": 64},
+        "train": {"tokens": 2048, "tokens_per_step": 512, "micro_batch": 2, "precision": "fp32", "zero_stage": 2},
+        "checkpoint": {"every_tokens": 1024},
+    }
+    (folder / "run.yaml").write_text(json.dumps(values))
+    done = train(folder / "run.yaml")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run, to be spoilt."""
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy" / "run.yaml").write_text(
+        (finished / "run.yaml").read_text().replace(str(finished), str(tmp_path / "copy"))
+    )
+    return tmp_path / "copy"
+
+
+def test_a_finished_run_says_so(finished: Path) -> None:
+    assert json.loads((finished / "run/DONE").read_text()) == {"step": 4, "tokens": 2048}
+    done = train(finished / "run.yaml", "--resume")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "nothing to do" in done.stdout
+
+
+def test_a_run_is_not_overwritten(finished: Path) -> None:
+    before = sorted(str(path) for path in finished.rglob("*"))
+    done = train(finished / "run.yaml")
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert "--resume" in done.stderr
+    assert sorted(str(path) for path in finished.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_model(finished: Path) -> None:
+    done = train(finished / "run.yaml", "--resume", "train.tokens=4096", "model.d_model=64", "data.seq_len=128")
+    assert done.returncode == 2
+    message = done.stderr.split("error: ")[-1]
+    assert "model.d_model: 32 in the checkpoint, 64 now" in message
+    assert "data.seq_len: 64 in the checkpoint, 128 now" in message
+    assert (finished / "run/DONE").exists()
+
+
+def test_a_manifest_holds_what_conversion_needs(finished: Path) -> None:
+    manifest = json.loads((finished / "run/checkpoints/step-00000004/manifest.json").read_text())
+    assert (manifest["step"], manifest["tokens"], manifest["world_size"], manifest["zero_stage"]) == (4, 2048, 1, 2)
+    assert manifest["data"]["next_sample"] == 32
+    (decayed, others) = manifest["layout"]["groups"]
+    names = {p["name"]: p["shape"] for group in (decayed, others) for p in group["parameters"]}
+    assert names["layers.0.contract.weight"] == [32, 64]
+    assert sum(decayed["parameters"][0]["shape"]) > 0
+    for group in (decayed, others):
+        sizes = [prod(p["shape"]) for p in group["parameters"]]
+        assert group["partition_numel"] >= sum(sizes)
+    assert {"model/model.safetensors", "rng/rank-0.pt"} <= manifest["files"].keys()
+    assert any(name.endswith("optim_states.pt") for name in manifest["files"])
+
+
+def prod(numbers: list[int]) -> int:
+    result = 1
+    for number in numbers:
+        result *= number
+    return result
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
+    newest = copied / "run/checkpoints/step-00000004"
+    (victim,) = (newest / "deepspeed").glob("*optim_states.pt")
+    if damage == "flip":
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+    elif damage == "truncate":
+        os.truncate(victim, 100)
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        victim = newest / "manifest.json"
+        victim.unlink()
+    done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
+    assert done.returncode == 0, done.stderr
+    assert "step-00000004 passed over" in done.stdout
+    assert victim.name in done.stdout
+    assert "continuing from step-00000002" in done.stdout
+    assert json.loads((copied / "run/DONE").read_text())["step"] == 5
+
+
+def test_without_a_usable_checkpoint_nothing_is_started(copied: Path) -> None:
+    for checkpoint in (copied / "run/checkpoints").glob("step-*"):
+        (checkpoint / "manifest.json").unlink()
+    done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
+    assert done.returncode == 2
+    assert "nothing to resume from" in done.stderr
+
+
+def test_a_second_trainer_is_kept_out(copied: Path) -> None:
+    import fcntl
+
+    with open(copied / "run/lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
+    assert done.returncode == 2
+    assert "in use by another trainer" in done.stderr
+    assert (copied / "run/DONE").exists()
