@@ -59,9 +59,6 @@ class TrainSection(StrictModel):
         default=1,
         description="what ZeRO partitions: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters",
     )
-    compile: bool = Field(
-        default=False, description="torch.compile the model (not with ZeRO-3, which breaks its graph)"
-    )
     deterministic: bool = Field(
         default=False, description="on GPUs, deterministic algorithms only: slower, bit-exact resume"
     )
@@ -168,10 +165,6 @@ class RunConfig(StrictModel):
             )
         if train.precision == "bf16" and train.zero_stage == 0:
             problems.append("train.zero_stage: DeepSpeed supports stage 0 in fp32 only; use stage 1 with bf16")
-        if train.compile and train.zero_stage == 3:
-            problems.append(
-                "train.compile: not with ZeRO-3, whose hooks break the graph; use stage 2 or compile: false"
-            )
         if (schedule.kind == "wsd") != (schedule.decay_tokens is not None):
             problems.append("schedule.decay_tokens: required with schedule.kind: wsd, and with no other kind")
         planned = self.steps * train.tokens_per_step

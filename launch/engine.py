@@ -150,8 +150,6 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     except ValidationError as error:
         raise UserError(f"deepspeed: DeepSpeed refuses these settings: {error}") from error
-    if config.train.compile:
-        engine.compile()
     return engine
 
 

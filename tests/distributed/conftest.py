@@ -27,28 +27,42 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """A port that is free now."""
-    import socket
-
-    def find() -> int:
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port: int = server.getsockname()[1]
-            return port
+    """Finds a port that is free now."""
+    from launch.engine import free_port as find
 
     return find
 
 
 @pytest.fixture(scope="session")
-def launch(free_port: Callable[[], int]) -> Launch:
+def launcher_environment() -> dict[str, str]:
+    """The environment launches run in."""
+    return environment()
+
+
+@pytest.fixture(scope="session")
+def launcher_command(free_port: Callable[[], int]) -> Callable[[int], list[str]]:
+    """The launcher's command for so many processes of this machine."""
+
+    def command(processes: int) -> list[str]:
+        return [*LAUNCHER, "--master_port", str(free_port()), "--num_accelerators", str(processes)]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def launch(launcher_command: Callable[[int], list[str]]) -> Launch:
     """Run `deepspeed SCRIPT ARGUMENTS` with so many processes to its end."""
 
     def run(
         *arguments: str, processes: int = 2, options: Sequence[str] = (), cwd: Path = ROOT
     ) -> "subprocess.CompletedProcess[str]":
-        command = [*LAUNCHER, "--master_port", str(free_port()), "--num_accelerators", str(processes), *options]
         return subprocess.run(
-            [*command, *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=400
+            [*launcher_command(processes), *options, *arguments],
+            cwd=cwd,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=400,
         )
 
     return run

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from launch.config import RunConfig, load_run_config
+from launch.engine import free_port
 from launch.replay import Sender
 from launch.run_directory import RunDirectory
 from launch.tracking import Tracker, last_attempt, run_facts
@@ -132,9 +132,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_server_that_is_dead_loses_nothing(write_config: Callable[..., Path], tmp_path: Path) -> None:
     """Dead when the run starts, killed while it goes on, back before it ends: the sender process sees it through."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     config = load_run_config(write_config(run={"dir": str(tmp_path / "run")}, tracking={"uri": uri}))
     directory = open_directory(config)

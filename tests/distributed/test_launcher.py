@@ -1,0 +1,126 @@
+"""What the deepspeed launcher passes on: user errors, requests to stop, and its own death."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+Launch = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "subprocess.Popen[str]"]
+ENDLESS = 512 * 100_000
+
+
+def test_a_missing_hostfile_is_an_error(launch: Launch, run_config: Path, tmp_path: Path) -> None:
+    arguments = ["launch/train.py", str(run_config), f"run.dir={tmp_path / 'run'}"]
+    done = launch(*arguments, options=["--hostfile", "no/such/hosts"])
+    assert done.returncode == 2
+    assert done.stderr.count("error: --hostfile: no/such/hosts does not exist") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_are_found_by_all_processes_and_printed_once(launch: Launch, run_config: Path, tmp_path: Path) -> None:
+    done = launch("launch/train.py", str(run_config), f"run.dir={tmp_path / 'run'}", "train.tokns=5", "model.d_model=x")
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "train.tokns" in done.stderr
+    assert "model.d_model" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_divide_the_batch(launch: Launch, run_config: Path, tmp_path: Path) -> None:
+    done = launch("launch/train.py", str(run_config), f"run.dir={tmp_path / 'run'}", processes=3)
+    assert done.returncode == 2
+    assert "one of 1, 2, 4 processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def start(launcher_command: Callable[[int], list[str]], launcher_environment: dict[str, str]) -> Iterator[Start]:
+    """Start a launch and go on; whatever is left of it is ended after the test."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(*arguments: str, processes: int = 2) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [*launcher_command(processes), *arguments],
+            cwd=Path(__file__).resolve().parents[2],
+            env=launcher_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:
+        for left in descendants(process.pid):
+            left.kill()
+        process.kill()
+        process.wait()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ranks(pid: int) -> list[psutil.Process]:
+    return [child for child in descendants(pid) if any(word == "launch/train.py" for word in child.cmdline()[:3])]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def steps_recorded(run_dir: Path) -> int:
+    metrics = run_dir / "metrics.jsonl"
+    return metrics.read_text().count('"train/loss"') if metrics.exists() else 0
+
+
+def newest_manifest(run_dir: Path) -> dict[str, int]:
+    name = (run_dir / "checkpoints/latest").read_text().strip()
+    manifest: dict[str, int] = json.loads((run_dir / "checkpoints" / name / "manifest.json").read_text())
+    return manifest
+
+
+def test_a_signal_to_one_rank_saves_and_a_dead_launcher_does_too(
+    start: Start, run_config: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = ["launch/train.py", str(run_config), f"run.dir={run_dir}", f"train.tokens={ENDLESS}"]
+    first = start(*arguments)
+    wait_for(lambda: steps_recorded(run_dir) >= 3)
+    second_rank = next(process for process in ranks(first.pid) if "--local_rank=1" in process.cmdline())
+    second_rank.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 75, output
+    assert "stopping: received SIGTERM" in output
+    saved = newest_manifest(run_dir)
+    assert saved["step"] == steps_recorded(run_dir) >= 3
+    assert not (run_dir / "DONE").exists()
+
+    second = start(*arguments, "--resume")
+    wait_for(lambda: steps_recorded(run_dir) >= saved["step"] + 3)
+    processes = ranks(second.pid)
+    assert len(processes) == 2
+    (launcher,) = [p for p in descendants(second.pid) if "deepspeed.launcher.launch" in p.cmdline()]
+    os.kill(launcher.pid, signal.SIGKILL)
+    wait_for(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes))
+    output, _ = second.communicate(timeout=60)
+    assert re.search(r"continuing from step-0*" + str(saved["step"]), output)
+    assert "stopping: the launcher is gone" in output
+    assert newest_manifest(run_dir)["step"] == steps_recorded(run_dir) > saved["step"]
