@@ -16,7 +16,6 @@ ACCEPTED = {
     "checkpoint",
     "comms_logger",
     "communication_data_type",
-    "compile",
     "data_types",
     "disable_allgather",
     "dump_state",
