@@ -1,14 +1,23 @@
 """Initial values: a pure function of (seed, parameter name)."""
 
 import hashlib
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from flash_model.config import ModelConfig
+
+class InitialScale(Protocol):
+    """What a model's config says about its initial values."""
+
+    @property
+    def d_model(self) -> int: ...
+
+    @property
+    def init_std(self) -> float: ...
 
 
-def initial_distribution(name: str, config: ModelConfig) -> tuple[float, float]:
+def initial_distribution(name: str, config: InitialScale) -> tuple[float, float]:
     """Return mean and standard deviation of a parameter's initial values, by its name (paper, section 3)."""
     owner, _, leaf = f".{name}".rpartition(".")
     if owner.endswith("norm"):
@@ -21,7 +30,7 @@ def initial_distribution(name: str, config: ModelConfig) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+def initialize(model: nn.Module, config: InitialScale, seed: int) -> None:
     """Fill every parameter with its initial values, drawn on the CPU in float32 whatever its device and dtype."""
     for name, parameter in model.named_parameters():
         mean, std = initial_distribution(name, config)
