@@ -1,0 +1,58 @@
+"""FLASH as one writes it in plain torch, for the compiler: the peer that shows what kernels are worth.
+
+The paper's appendix in matrix products, every one in the model's own dtype, differentiated by autograd. It has the
+parameters of `FlashLM` and computes the same function of one document per sequence.
+
+Shape letters: B batch, T time, G chunks, C chunk, S query/key, E values, H = 4 heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flash_model.config import ModelConfig
+from flash_model.gau import GatedAttentionUnit
+from flash_model.lm import FlashLM
+from flash_model.ops.heads import accumulation_dtype, toeplitz
+from flash_model.positions import cos_sin
+
+
+class PlainGatedAttentionUnit(GatedAttentionUnit):
+    """A causal FLASH layer without the op."""
+
+    def forward(self, x: Tensor, doc_ids: Tensor | None = None) -> Tensor:
+        """Map x (B, T, d_model) to the same shape; T is a multiple of the chunk."""
+        config = self.config
+        T, C, S, E = x.shape[1], config.chunk_size, config.qk_dim, config.expanded_dim
+        assert doc_ids is None
+        assert T % C == 0
+        u_BTE, v_BTE, z_BTS = F.silu(self.expand(self.norm(x))).split([E, E, S], -1)
+        heads_BTHS = _rotate(z_BTS[:, :, None] * self.gamma + self.beta, config.rope_base, C)
+        quad_q, quad_k, lin_q, lin_k = heads_BTHS.unflatten(1, (-1, C)).unbind(3)
+        v_BGCE = v_BTE.unflatten(1, (-1, C))
+
+        scores_BGCC = (quad_q @ quad_k.mT / C + toeplitz(self.position_bias(), 0, C, C)).relu().square().tril()
+        states_BGSE = (lin_k.mT / C) @ v_BGCE
+        before = torch.arange(T // C, device=x.device).clamp(min=1).to(x.dtype)[:, None, None]
+        earlier_BGSE = F.pad(states_BGSE.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0)) / before
+        attended_BGCE = scores_BGCC @ v_BGCE + lin_q @ earlier_BGSE
+        return x + self.contract(u_BTE * attended_BGCE.flatten(1, 2))
+
+
+def _rotate(x_BTHS: Tensor, base: float, block: int) -> Tensor:
+    x1, x2 = x_BTHS.chunk(2, -1)
+    cos, sin = cos_sin(
+        0, x_BTHS.shape[1], x1.shape[-1], base=base, block=block, dtype=accumulation_dtype(x1), device=x1.device
+    )
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([(x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)], -1)
+
+
+class PlainFlashLM(FlashLM):
+    """`FlashLM` of plain layers: the same parameters under the same names."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        assert config.architecture == "flash"
+        assert config.causal
+        self.layers = nn.ModuleList(PlainGatedAttentionUnit(config) for _ in range(config.n_layers))

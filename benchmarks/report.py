@@ -1,0 +1,46 @@
+"""Results on disk and on the screen: one JSON document, and Markdown tables drawn from it."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_results(path: Path, document: Mapping[str, Any]) -> None:
+    """Write `document` aside and rename it, so that what was measured survives a run that is cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table with aligned columns; the first is text, the others are right-aligned."""
+    widths = [max(len(cells[column]) for cells in (header, *rows)) for column in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {first[0]:<{first[1]}} | " + " | ".join(f"{cell:>{width}}" for cell, width in others) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """Say in words what was measured on."""
+    sheet = machine["data_sheet_tflops"]
+    ceilings = (
+        f"copy {machine['copy_gb_per_s']:,.0f} GB/s, bf16 product {machine['matmul_tflops']:,.0f} TFLOP/s measured"
+    )
+    return [
+        f"{machine['device']}, driver {machine['driver'] or 'none'}; torch {machine['torch']}, CUDA "
+        f"{machine['cuda'] or 'none'}, triton {machine['triton'] or 'none'}",
+        f"{ceilings}{f', {sheet:,.0f} by data sheet' if sheet else ''}; {machine['date']}, "
+        f"commit {machine['commit'] or 'unknown'}",
+    ]
+
+
+def number(value: float | None, form: str = ",.1f") -> str:
+    """Format a number; a dash where there is none."""
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,145 @@
+"""Results as Markdown: `python -m benchmarks.table FILE.json …`."""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import machine_lines, markdown_table, number
+
+
+def best_of(rows: Sequence[Mapping[str, Any]], group: str, context: int) -> Mapping[str, Any] | None:
+    """Return the fastest measured row of a group at a context."""
+    measured = [row for row in rows if row["status"] == "ok" and (row["group"], row["context"]) == (group, context)]
+    return max(measured, key=lambda row: float(row["tokens_per_second"]), default=None)
+
+
+def step_report(document: Mapping[str, Any]) -> str:
+    """Return the tables of a `benchmarks.step` document."""
+    parts = [f"Training step, size {document['size']}, compiled: {document['compile']}"]
+    parts.append("\n".join(machine_lines(document["machine"])))
+    if document["rows"]:
+        parts.append(_step_table(document))
+        parts.append("\n".join(_ratios(document["rows"])))
+    if "profile" in document:
+        parts.append(_profile_table(document["profile"]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _step_table(document: Mapping[str, Any]) -> str:
+    rows, machine = document["rows"], document["machine"]
+    sheet = machine["data_sheet_tflops"]
+    cells = []
+    for row in rows:
+        start = [row["title"], f"{row['context']:,}"]
+        if row["status"] != "ok":
+            cells.append([*start, row["status"], *["–"] * 7])
+            continue
+        peer = best_of(rows, "Transformer++", row["context"])
+        cells.append(
+            [
+                *start,
+                f"{row['tokens_per_step']:,}",
+                number(row["ms"]),
+                number(row["tokens_per_second"], ",.0f"),
+                number(row["tokens_per_second"] / peer["tokens_per_second"] if peer else None, ".2f"),
+                number(row["peak_gib"]),
+                number(row["model_tflops"]),
+                number(100 * row["model_tflops"] / machine["matmul_tflops"], ".1f"),
+                number(sheet and 100 * row["model_tflops"] / sheet, ".1f"),
+            ]
+        )
+    header = ["model", "context", "tokens/step", "ms", "tokens/s", "× T++", "GiB", "TFLOP/s", "MFU %", "of sheet %"]
+    return markdown_table(header, cells)
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    contexts = sorted({row["context"] for row in rows})
+    for context in contexts:
+        flash = best_of(rows, "FLASH", context)
+        compared = []
+        for group in ("Transformer++", "Transformer++, wide heads", "FLASH in plain torch"):
+            peer = best_of(rows, group, context)
+            if flash and peer:
+                ratio = flash["tokens_per_second"] / peer["tokens_per_second"]
+                compared.append(f"{ratio:.2f}× {peer['title']}")
+        if compared:
+            yield f"{context:,}: FLASH is {', '.join(compared)}"
+    measured = [best for context in contexts if (best := best_of(rows, "FLASH", context))]
+    if len(measured) > 1:
+        share = measured[-1]["tokens_per_second"] / measured[0]["tokens_per_second"]
+        yield f"FLASH at {measured[-1]['context']:,} has {share:.1%} of its speed at {measured[0]['context']:,}"
+
+
+def _profile_table(profile: Mapping[str, Any]) -> str:
+    total = sum(stage["ms"] for stage in profile["stages"])
+    cells = [
+        [
+            stage["stage"],
+            number(stage["calls"], ",.0f"),
+            number(stage["ms"], ".2f"),
+            number(100 * stage["ms"] / total, ".1f"),
+            number(stage["floor_ms"], ".2f"),
+            number(stage["floor_ms"] and stage["ms"] / stage["floor_ms"], ".2f"),
+        ]
+        for stage in profile["stages"]
+    ]
+    cells.append(["all kernels", "", number(total, ".2f"), "100.0", "–", "–"])
+    title = (
+        f"A step of {profile['title']} at {profile['context']:,}, {profile['tokens_per_step']:,} tokens: "
+        f"{profile['ms']:.1f} ms without the profiler"
+    )
+    return title + "\n\n" + markdown_table(["stage", "calls", "ms", "%", "floor ms", "× floor"], cells)
+
+
+def op_report(document: Mapping[str, Any]) -> str:
+    """Return the tables of a `benchmarks.op` document."""
+    copy = document["machine"]["copy_gb_per_s"]
+    parts = ["The ops alone", "\n".join(machine_lines(document["machine"]))]
+    for section in dict.fromkeys(row["section"] for row in document["rows"]):
+        cells = []
+        for row in document["rows"]:
+            if row["section"] != section:
+                continue
+            start = [row["case"], row["layout"], row["pass"]]
+            if row["status"] != "ok":
+                cells.append([*start, row["status"], *["–"] * 4])
+                continue
+            rate = row["gb_per_s"]
+            share = None if rate is None else 100 * rate / copy
+            cells.append(
+                [
+                    *start,
+                    number(row["ms"], ",.3f"),
+                    number(row["tflops"], ",.0f"),
+                    number(rate, ",.0f"),
+                    number(share, ".0f"),
+                    number(row["relative"], ".2f"),
+                ]
+            )
+        header = ["case", "B × T", "pass", "ms", "TFLOP/s", "GB/s", "% of copy", f"× {_yardstick(document, section)}"]
+        parts.append(f"{section}\n\n{markdown_table(header, cells)}")
+    return "\n\n".join(parts)
+
+
+def _yardstick(document: Mapping[str, Any], section: str) -> str:
+    named = {row["yardstick"] for row in document["rows"] if row["section"] == section and row.get("yardstick")}
+    return named.pop() if len(named) == 1 else "yardstick"
+
+
+REPORTS = {"step": step_report, "op": op_report}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    for file in parser.parse_args().files:
+        document = json.loads(file.read_text())
+        print(REPORTS[document["benchmark"]](document), end="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
