@@ -1,4 +1,4 @@
-"""The language model: parameters, FLOPs, initial values, loss, what it may see."""
+"""The language model: parameters, FLOPs, initial values, what it may see."""
 
 import math
 from typing import Any
@@ -9,10 +9,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import flash_model.loss
 from flash_model.config import ModelConfig, count_parameters, flops_per_token
 from flash_model.lm import FlashLM, build_model, decayed_parameters
-from flash_model.loss import linear_cross_entropy
 from flash_model.positions import rotary_bias
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "d_model": 16, "n_layers": 3, "qk_dim": 8, "chunk_size": 8}
@@ -163,45 +161,6 @@ def test_without_a_head_scale_a_wide_model_starts_far_off() -> None:
     with torch.no_grad():
         loss = model(tokens[:, :-1], tokens[:, 1:]).item() / 128
     assert loss > 1.2 * math.log(4096)
-
-
-@pytest.mark.parametrize("logits_at_once", [2**25, 7 * 50])
-def test_the_loss_is_the_sum_of_nats_over_unmasked_targets(
-    logits_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(flash_model.loss, "LOGITS_AT_ONCE", logits_at_once)
-    model = build_model(config_of("flash"), dtype=torch.float64)
-    tokens, targets = some_tokens(2, 20), some_tokens(2, 20, seed=1)
-    mask = torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) < 0.7
-    log_probs = model(tokens).log_softmax(-1)
-    expected = -(log_probs.gather(2, targets[..., None])[..., 0] * mask).sum()
-    expected_grads = torch.autograd.grad(expected, list(model.parameters()), retain_graph=True)
-    masked_targets = targets.where(mask, -100)
-    for loss_mask in (mask, mask.float(), mask.int()):
-        loss = model(tokens, masked_targets, loss_mask)
-        torch.testing.assert_close(loss, expected.detach(), check_dtype=True, rtol=1e-12, atol=0)
-        grads = torch.autograd.grad(2 * loss, list(model.parameters()))
-        torch.testing.assert_close(list(grads), [2 * g for g in expected_grads], rtol=1e-10, atol=1e-12)
-    assert model(tokens, targets).item() == pytest.approx(-log_probs.gather(2, targets[..., None]).sum().item())
-
-
-def test_bfloat16_loss_is_float32_and_close() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(40, 16, generator=generator), torch.randn(50, 16, generator=generator)
-    targets = some_tokens(1, 40)[0]
-    exact = linear_cross_entropy(hidden, weight, targets)
-    rounded = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
-    assert rounded.dtype == torch.float32
-    assert rounded.item() == pytest.approx(exact.item(), rel=5e-3)
-
-
-def test_gradients_of_the_loss_are_made_only_where_asked() -> None:
-    hidden, weight, targets = torch.randn(4, 8), torch.randn(6, 8, requires_grad=True), torch.tensor([0, 1, 2, 3])
-    with torch.no_grad():
-        assert not linear_cross_entropy(hidden, weight, targets).requires_grad
-    (grad,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), weight)
-    expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
-    torch.testing.assert_close(grad, torch.autograd.grad(expected, weight)[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

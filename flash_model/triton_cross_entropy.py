@@ -1,0 +1,82 @@
+"""Softmax cross-entropy of rows of logits, and its gradient in their place: the kernel of `linear_cross_entropy`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LAUNCH = {torch.bfloat16: (8192, 16), torch.float32: (4096, 16)}
+"""Columns read at once and warps of a program, by dtype. 16 warps keep rows few enough to be re-read from L2."""
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits_ptr,
+    targets_ptr,
+    counts_ptr,
+    nats_ptr,
+    V: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DIFFERENTIATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    """One program a row. Columns V … STRIDE − 1 are padding: read, never used, so that accesses stay aligned."""
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
+    row = tl.program_id(0)
+    logits_ptr += row.to(tl.int64) * STRIDE
+    columns = tl.arange(0, BLOCK)
+    if tl.load(counts_ptr + row) != 0:
+        target = tl.load(targets_ptr + row)
+        target_logit = tl.load(logits_ptr + target, (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+        # Every lane keeps a maximum and a sum of its own: the lanes meet once, not at every block.
+        lane_max = tl.full([BLOCK], -1.0e30, tl.float32)
+        lane_sum = tl.zeros([BLOCK], tl.float32)
+        for block in range(BLOCKS):
+            column = block * BLOCK + columns
+            x = tl.load(logits_ptr + column, column < STRIDE, other=0).to(tl.float32)
+            x = tl.where(column < V, x, -float("inf"))
+            rise = x - lane_max
+            factor = tl.exp2(-tl.abs(rise) * LOG2_E)
+            lane_sum = tl.where(rise > 0, lane_sum * factor + 1, lane_sum + factor)
+            lane_max = tl.maximum(lane_max, x)
+        highest = tl.max(lane_max, 0)
+        total = tl.sum(lane_sum * tl.exp2((lane_max - highest) * LOG2_E), 0)
+        tl.store(nats_ptr + row, highest + tl.log(total) - target_logit)
+        if DIFFERENTIATE:
+            scale = 1 / total
+            for done in range(BLOCKS):
+                column = (BLOCKS - 1 - done) * BLOCK + columns  # backwards: what was read last is still in the cache
+                x = tl.load(logits_ptr + column, column < STRIDE, other=0).to(tl.float32)
+                gradient = tl.exp2((x - highest) * LOG2_E) * scale - tl.where(column == target, 1.0, 0.0)
+                tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), column < STRIDE)
+    else:
+        tl.store(nats_ptr + row, 0.0)
+        if DIFFERENTIATE:
+            for block in range(BLOCKS):
+                column = block * BLOCK + columns
+                tl.store(logits_ptr + column, tl.zeros_like(columns).to(logits_ptr.dtype.element_ty), column < STRIDE)
+
+
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, counts_N: Tensor, differentiate: bool) -> Tensor:
+    """Return −ln softmax(logits)[target] of every row (N,) in float32, 0 where it does not count.
+
+    logits_NV: (N, V), float32 or bfloat16; its rows may lie apart: what is between them is overwritten. With
+    `differentiate` the gradient takes the logits' place. targets_N: (N,) integers; where one counts and is no column,
+    the row's nats are NaN. counts_N: (N,) bool.
+    """
+    N, V = logits_NV.shape
+    nats_N = logits_NV.new_empty(N, dtype=torch.float32)
+    block, warps = LAUNCH[logits_NV.dtype]
+    _cross_entropy_kernel[(N,)](
+        logits_NV,
+        targets_N,
+        counts_N,
+        nats_N,
+        V=V,
+        STRIDE=logits_NV.stride(0),
+        DIFFERENTIATE=differentiate,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return nats_N
