@@ -1,6 +1,7 @@
 """Results on disk and on the screen: one JSON document, and Markdown tables drawn from it."""
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,3 +45,17 @@ def machine_lines(machine: Mapping[str, Any]) -> list[str]:
 def number(value: float | None, form: str = ",.1f") -> str:
     """Format a number; a dash where there is none."""
     return "–" if value is None else format(value, form)
+
+
+class DispatchLog(logging.Handler):
+    """Collects, in `lines`, what the ops say about the implementation that they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logger = logging.getLogger("flash_model.ops")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -7,7 +7,6 @@ anew, without activation checkpointing. Tokens per second are those of the media
 import argparse
 import gc
 import itertools
-import logging
 import statistics
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks import models
 from benchmarks.machine import TimeLimit, describe_machine, synchronize
 from benchmarks.models import ENTRANTS, SIZES, Entrant, Size
-from benchmarks.report import write_results
+from benchmarks.report import DispatchLog, write_results
 from benchmarks.table import step_report
 from flash_model.baselines import TransformerLM
 from flash_model.lm import FlashLM, decayed_parameters
@@ -184,8 +183,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Command line."""
     arguments = parse_arguments()
-    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-    logging.getLogger("flash_model.ops").setLevel(logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = SIZES[arguments.size]
     limit = TimeLimit(arguments.seconds)
@@ -194,6 +191,7 @@ def main() -> int:
         "size": arguments.size,
         "compile": arguments.compile,
         "machine": describe_machine(device),
+        "dispatch": DispatchLog().lines,
         "rows": [],
     }
     chosen = list(chosen_rows(size, arguments.context, arguments.model))

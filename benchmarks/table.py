@@ -18,7 +18,7 @@ def best_of(rows: Sequence[Mapping[str, Any]], group: str, context: int) -> Mapp
 def step_report(document: Mapping[str, Any]) -> str:
     """Return the tables of a `benchmarks.step` document."""
     parts = [f"Training step, size {document['size']}, compiled: {document['compile']}"]
-    parts.append("\n".join(machine_lines(document["machine"])))
+    parts.append("\n".join([*machine_lines(document["machine"]), *document["dispatch"]]))
     if document["rows"]:
         parts.append(_step_table(document))
         parts.append("\n".join(_ratios(document["rows"])))
@@ -94,38 +94,35 @@ def _profile_table(profile: Mapping[str, Any]) -> str:
 
 
 def op_report(document: Mapping[str, Any]) -> str:
-    """Return the tables of a `benchmarks.op` document."""
+    """Return the tables of a `benchmarks.op` document; two numbers in a cell: forward, forward + backward."""
     copy = document["machine"]["copy_gb_per_s"]
-    parts = ["The ops alone", "\n".join(machine_lines(document["machine"]))]
+    parts = ["The ops alone", "\n".join([*machine_lines(document["machine"]), *document["dispatch"]])]
     for section in dict.fromkeys(row["section"] for row in document["rows"]):
-        cells = []
-        for row in document["rows"]:
-            if row["section"] != section:
-                continue
-            start = [row["case"], row["layout"], row["pass"]]
-            if row["status"] != "ok":
-                cells.append([*start, row["status"], *["–"] * 4])
-                continue
-            rate = row["gb_per_s"]
-            share = None if rate is None else 100 * rate / copy
-            cells.append(
-                [
-                    *start,
-                    number(row["ms"], ",.3f"),
-                    number(row["tflops"], ",.0f"),
-                    number(rate, ",.0f"),
-                    number(share, ".0f"),
-                    number(row["relative"], ".2f"),
-                ]
-            )
-        header = ["case", "B × T", "pass", "ms", "TFLOP/s", "GB/s", "% of copy", f"× {_yardstick(document, section)}"]
-        parts.append(f"{section}\n\n{markdown_table(header, cells)}")
+        rows = [row for row in document["rows"] if row["section"] == section]
+        compared = next(row["compared"] for row in rows)
+        header = ["forward / forward + backward of", "B × T", "ms", "TFLOP/s", "GB/s", "% of copy", compared]
+        parts.append(f"{section}\n\n{markdown_table(header, [_op_cells(row, copy) for row in rows])}")
+    if document["left_out"]:
+        parts.append(f"Left out, no time: {'; '.join(document['left_out'])}")
     return "\n\n".join(parts)
 
 
-def _yardstick(document: Mapping[str, Any], section: str) -> str:
-    named = {row["yardstick"] for row in document["rows"] if row["section"] == section and row.get("yardstick")}
-    return named.pop() if len(named) == 1 else "yardstick"
+def _op_cells(row: Mapping[str, Any], copy: float) -> list[str]:
+    passes = [row[name] for name in ("forward", "both") if name in row]
+
+    def pair(form: str, values: Sequence[float | None]) -> str:
+        return " / ".join(number(value, form) for value in values) or "–"
+
+    traffic = [measured["gb_per_s"] for measured in passes]
+    return [
+        row["case"],
+        f"{row['B']} × {row['T']:,}",
+        pair(",.3f", [measured["ms"] for measured in passes]),
+        pair(",.0f", [measured["tflops"] for measured in passes]),
+        pair(",.0f", traffic) if any(traffic) else "–",
+        pair(".0f", [rate and 100 * rate / copy for rate in traffic]) if any(traffic) else "–",
+        pair(".2f", [measured["ratio"] for measured in passes]) if row["status"] == "ok" else row["status"],
+    ]
 
 
 REPORTS = {"step": step_report, "op": op_report}
