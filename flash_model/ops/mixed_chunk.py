@@ -1,7 +1,7 @@
 """Mixed chunk attention, the public op: checks, registration, derivative, FLOP count.
 
-`flash_model::mixed_chunk` and its backward are `torch.library` ops on plain tensors; their implementation for every
-device is the reference, beside which kernels register for their own.
+`flash_model::mixed_chunk` and its backward are `torch.library` ops on plain tensors. Whether they run the reference or
+the Triton kernels is decided when they are called (dispatch.py) and is one of their arguments.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flash_model.ops import reference
+from flash_model.ops import dispatch, reference
 from flash_model.ops.checks import check_chunk_size, check_projection
 from flash_model.ops.heads import accumulation_dtype
 from flash_model.ops.state import AttentionState
@@ -29,6 +29,7 @@ def mixed_chunk_attention(
     doc_ids: Tensor | None = ...,
     start: int = ...,
     state: AttentionState | None = ...,
+    projection_bias: Tensor | None = ...,
     return_state: Literal[False] = ...,
     rope_base: float = ...,
 ) -> Tensor: ...
@@ -46,6 +47,7 @@ def mixed_chunk_attention(
     doc_ids: Tensor | None = ...,
     start: int = ...,
     state: AttentionState | None = ...,
+    projection_bias: Tensor | None = ...,
     return_state: Literal[True],
     rope_base: float = ...,
 ) -> tuple[Tensor, AttentionState]: ...
@@ -62,6 +64,7 @@ def mixed_chunk_attention(
     doc_ids: Tensor | None = None,
     start: int = 0,
     state: AttentionState | None = None,
+    projection_bias: Tensor | None = None,
     return_state: bool = False,
     rope_base: float = 10000.0,
 ) -> Tensor | tuple[Tensor, AttentionState]:
@@ -79,6 +82,8 @@ def mixed_chunk_attention(
             documents. None: one document, numbered 0.
         start: position of the first token, a multiple of C.
         state: of the piece of the sequence before this one (causal only); tokens of another document ignore it.
+        projection_bias: (2E + S,), the bias that uvz already contains, detached there. Its gradient, the sum of uvz's over
+            all tokens, comes with uvz's and saves a pass over it.
         return_state: also return the state after the last token; T must then be a multiple of C.
         rope_base: base of the rotary angles.
 
@@ -93,12 +98,21 @@ def mixed_chunk_attention(
     check_projection(
         uvz, gamma, beta, bias, doc_ids, heads=4, bias_length=2 * chunk_size - 1, bias_rule="2·chunk_size − 1"
     )
+    if projection_bias is not None and projection_bias.shape != uvz.shape[2:]:
+        raise ValueError(
+            f"projection_bias must have shape (2E + S,) = {tuple(uvz.shape[2:])}: it has {tuple(projection_bias.shape)}"
+        )
     _check_state(uvz, gamma, chunk_size, causal, start, state, return_state)
-    out, left_sum, left_count, left_doc_id = torch.ops.flash_model.mixed_chunk(
+    S = gamma.shape[1]
+    kernel = dispatch.use_kernel(
+        "mixed_chunk_attention", uvz.device.type, uvz.dtype, (uvz.shape[2] - S) // 2, S, chunk_size
+    )
+    out, left_sum, left_count, left_doc_id, _ = torch.ops.flash_model.mixed_chunk(
         uvz,
         gamma,
         beta,
         bias,
+        projection_bias,
         doc_ids,
         None if state is None else state.sum,
         None if state is None else state.count.to(torch.int64),
@@ -107,6 +121,8 @@ def mixed_chunk_attention(
         causal,
         start,
         rope_base,
+        return_state,
+        kernel,
     )
     if not return_state:
         return out
@@ -161,6 +177,7 @@ def _mixed_chunk(
     gamma: Tensor,
     beta: Tensor,
     bias: Tensor,
+    projection_bias: Tensor | None,
     doc_ids: Tensor | None,
     state_sum: Tensor | None,
     state_count: Tensor | None,
@@ -169,21 +186,44 @@ def _mixed_chunk(
     causal: bool,
     start: int,
     rope_base: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return_state: bool,
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = reference.Inputs(
         uvz, gamma, beta, bias, doc_ids, state_sum, state_count, state_doc_id, chunk_size, causal, start, rope_base
     )
-    out, left_sum, left_count, left_doc_id = reference.forward(inputs)
-    return out, left_sum, left_count.clone(), left_doc_id.clone()
+    if kernel:
+        from flash_model.ops import triton_mixed_chunk
+
+        return triton_mixed_chunk.forward(inputs, return_state=return_state)
+    out, *left = reference.forward(inputs)
+    if not return_state:
+        left = [x.new_empty(0) for x in left]
+    return out, left[0], left[1].clone(), left[2].clone(), uvz.new_empty(0)
 
 
 @_mixed_chunk.register_fake
-def _(uvz: Tensor, gamma: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(
+    uvz: Tensor, gamma: Tensor, beta: Tensor, bias: Tensor, projection_bias: Tensor | None, doc_ids: Tensor | None,
+    state_sum: Any, state_count: Any, state_doc_id: Any, chunk_size: int, causal: bool, start: int, rope_base: float,
+    return_state: bool, kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, T, width = uvz.shape
     S = gamma.shape[1]
     E = (width - S) // 2
-    ids = uvz.new_empty(B, dtype=torch.int64)
-    return uvz.new_empty(B, T, E), uvz.new_empty(B, S, E, dtype=accumulation_dtype(uvz)), ids, torch.empty_like(ids)
+    ids = uvz.new_empty(B if return_state else 0, dtype=torch.int64)
+    left = uvz.new_empty((B, S, E) if return_state else (0,), dtype=accumulation_dtype(uvz))
+    states = uvz.new_empty(0)
+    if kernel:
+        states = uvz.new_empty(states_shape(B, T, S, E, chunk_size, causal, doc_ids is not None))
+    return uvz.new_empty(B, T, E), left, ids, torch.empty_like(ids), states
+
+
+def states_shape(B: int, T: int, S: int, E: int, chunk_size: int, causal: bool, docs: bool) -> tuple[int, ...]:
+    """Shape of the states that the kernels keep for backward: for each chunk, and for each route on which it reads."""
+    if not causal and not docs:
+        return B, 1, S, E
+    return B, -(-T // chunk_size), S if causal else 2 * S, E
 
 
 @torch.library.custom_op("flash_model::mixed_chunk_backward", mutates_args=())
@@ -198,15 +238,23 @@ def _mixed_chunk_backward(
     state_sum: Tensor | None,
     state_count: Tensor | None,
     state_doc_id: Tensor | None,
+    out: Tensor,
+    states: Tensor,
     chunk_size: int,
     causal: bool,
     start: int,
     rope_base: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kernel: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = reference.Inputs(
         uvz, gamma, beta, bias, doc_ids, state_sum, state_count, state_doc_id, chunk_size, causal, start, rope_base
     )
-    return reference.backward(grad_out, grad_left, inputs)
+    if kernel:
+        from flash_model.ops import triton_mixed_chunk
+
+        return triton_mixed_chunk.backward(grad_out, grad_left, inputs, out, states)
+    grads = reference.backward(grad_out, grad_left, inputs)
+    return (*grads, grads[0].sum((0, 1), dtype=accumulation_dtype(uvz)))
 
 
 @_mixed_chunk_backward.register_fake
@@ -220,31 +268,35 @@ def _(
     doc_ids: Tensor | None,
     state_sum: Tensor | None,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_state = uvz.new_empty(0) if state_sum is None else state_sum.new_empty(state_sum.shape)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_state = uvz.new_empty(0, dtype=accumulation_dtype(uvz))
+    if state_sum is not None:
+        grad_state = state_sum.new_empty(state_sum.shape)
     grads = [x.new_empty(x.shape) for x in (uvz, gamma, beta, bias)]
-    return grads[0], grads[1], grads[2], grads[3], grad_state
+    return *grads, grad_state, uvz.new_empty(uvz.shape[2], dtype=accumulation_dtype(uvz))  # type: ignore[return-value]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
-    causal = inputs[9]
-    ctx.mark_non_differentiable(*output[2 if causal else 1 :])
+    uvz, gamma, beta, bias, projection_bias, *others = inputs
+    causal, return_state = others[5], others[8]
+    ctx.save_for_backward(uvz, gamma, beta, bias, *others[:4], output[0], output[4])
+    ctx.options = (*others[4:8], others[9])
+    ctx.projection_bias_dtype = None if projection_bias is None else projection_bias.dtype
+    ctx.mark_non_differentiable(*output[2 if causal and return_state else 1 :])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(
     ctx: Any, grad_out: Tensor | None, grad_left: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    uvz, gamma, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors
     if grad_out is None:
-        grad_out = uvz.new_zeros(*uvz.shape[:2], (uvz.shape[2] - gamma.shape[1]) // 2)
-    *grads, grad_state = torch.ops.flash_model.mixed_chunk_backward(
-        grad_out, grad_left, *ctx.saved_tensors, *ctx.options
+        grad_out = torch.zeros_like(saved[8])
+    uvz, gamma, beta, bias, state, token_sums = torch.ops.flash_model.mixed_chunk_backward(
+        grad_out, grad_left, *saved, *ctx.options
     )
-    has_state = ctx.saved_tensors[5] is not None
-    return (*grads, None, grad_state if has_state else None, None, None, *(None for _ in ctx.options))
+    projection_bias = None if ctx.projection_bias_dtype is None else token_sums.to(ctx.projection_bias_dtype)
+    return (uvz, gamma, beta, bias, projection_bias, None, None if saved[5] is None else state, *(None,) * 8)
 
 
 _mixed_chunk.register_autograd(_differentiate, setup_context=_setup_context)
@@ -265,10 +317,15 @@ def mixed_chunk_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, ch
 def _forward_flops(uvz: Sequence[int], gamma: Sequence[int], *args: Any, **_: Any) -> int:
     B, T, width = uvz
     S = gamma[1]
-    chunk_size, causal = args[6], args[7]
+    chunk_size, causal = args[7], args[8]
     return mixed_chunk_flops(B * T, T, S, (width - S) // 2, chunk_size, causal)
 
 
 @register_flop_formula(torch.ops.flash_model.mixed_chunk_backward)
-def _backward_flops(grad_out: Any, grad_left: Any, *args: Any, **_: Any) -> int:
-    return 2 * _forward_flops(*args)
+def _backward_flops(
+    grad_out: Any, grad_left: Any, uvz: Sequence[int], gamma: Sequence[int], *args: Any, **_: Any
+) -> int:
+    B, T, width = uvz
+    S = gamma[1]
+    chunk_size, causal = args[8], args[9]
+    return 2 * mixed_chunk_flops(B * T, T, S, (width - S) // 2, chunk_size, causal)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_model.ops import dispatch
 from flash_model.ops import reference_quadratic as reference
 from flash_model.ops.checks import check_projection
 
@@ -54,7 +55,11 @@ def quadratic_attention(
         raise ValueError(f"norm_length must be positive: it is {norm_length}")
     if start < 0:
         raise ValueError(f"start must not be negative: it is {start}")
-    return torch.ops.flash_model.quadratic(uvz, gamma, beta, bias, doc_ids, norm_length, causal, start, rope_base)
+    S = gamma.shape[1]
+    kernel = dispatch.use_kernel("quadratic_attention", uvz.device.type, uvz.dtype, (uvz.shape[2] - S) // 2, S)
+    return torch.ops.flash_model.quadratic(
+        uvz, gamma, beta, bias, doc_ids, norm_length, causal, start, rope_base, kernel
+    )
 
 
 @torch.library.custom_op("flash_model::quadratic", mutates_args=())
@@ -68,8 +73,14 @@ def _quadratic(
     causal: bool,
     start: int,
     rope_base: float,
+    kernel: bool,
 ) -> Tensor:
-    return reference.forward(reference.Inputs(uvz, gamma, beta, bias, doc_ids, norm_length, causal, start, rope_base))
+    inputs = reference.Inputs(uvz, gamma, beta, bias, doc_ids, norm_length, causal, start, rope_base)
+    if kernel:
+        from flash_model.ops import triton_quadratic
+
+        return triton_quadratic.forward(inputs)
+    return reference.forward(inputs)
 
 
 @_quadratic.register_fake
@@ -85,12 +96,18 @@ def _quadratic_backward(
     beta: Tensor,
     bias: Tensor,
     doc_ids: Tensor | None,
+    out: Tensor,
     norm_length: int,
     causal: bool,
     start: int,
     rope_base: float,
+    kernel: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = reference.Inputs(uvz, gamma, beta, bias, doc_ids, norm_length, causal, start, rope_base)
+    if kernel:
+        from flash_model.ops import triton_quadratic
+
+        return triton_quadratic.backward(grad_out, inputs, out)
     return reference.backward(grad_out, inputs)
 
 
@@ -107,7 +124,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
+    ctx.save_for_backward(*inputs[:5], output)
     ctx.options = inputs[5:]
 
 
@@ -133,5 +150,7 @@ def _forward_flops(uvz: Sequence[int], gamma: Sequence[int], *args: Any, **_: An
 
 
 @register_flop_formula(torch.ops.flash_model.quadratic_backward)
-def _backward_flops(grad_out: Any, *args: Any, **_: Any) -> int:
-    return 2 * _forward_flops(*args)
+def _backward_flops(grad_out: Any, uvz: Sequence[int], gamma: Sequence[int], *args: Any, **_: Any) -> int:
+    B, T, width = uvz
+    S, causal = gamma[1], args[5]
+    return 2 * quadratic_flops(B * T, T, S, (width - S) // 2, causal)

@@ -34,9 +34,14 @@ def test_opcheck(causal: bool, with_documents: bool) -> None:
     state: tuple[Tensor | None, ...] = (None, None, None)
     if causal:
         state = (a_state().sum.requires_grad_(), a_state().count, a_state().doc_id)
-    torch.library.opcheck(torch.ops.flash_model.mixed_chunk, (*leaves, doc_ids, *state, C, causal, 8, 1e4))
+    op = torch.ops.flash_model.mixed_chunk
+    torch.library.opcheck(op, (*leaves, None, doc_ids, *state, C, causal, 8, 1e4, False, False))
+    if causal:
+        leaves = [x.requires_grad_() for x in tensors(T=12).values()]
+        projection_bias = torch.zeros(2 * E + S, requires_grad=True)
+        torch.library.opcheck(op, (*leaves, projection_bias, None, *state, C, causal, 8, 1e4, True, False))
     quad = [x.requires_grad_() for x in tensors(heads=2, extent=16, T=11).values()]
-    torch.library.opcheck(torch.ops.flash_model.quadratic, (*quad, doc_ids, 12, causal, 0, 1e4))
+    torch.library.opcheck(torch.ops.flash_model.quadratic, (*quad, doc_ids, 12, causal, 0, 1e4, False))
 
 
 @pytest.mark.parametrize("architecture", ["flash", "flash_quad"])

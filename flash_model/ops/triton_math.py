@@ -1,0 +1,49 @@
+"""Device functions that the Triton kernels share."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """1 / (1 + exp(−x)) of a float32 block."""
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu(x):  # type: ignore[no-untyped-def]
+    """SiLU in float32 of a block of any dtype."""
+    x = x.to(tl.float32)
+    return x * sigmoid(x)
+
+
+@triton.jit
+def silu_derivative(x):  # type: ignore[no-untyped-def]
+    """The derivative of SiLU in float32."""
+    x = x.to(tl.float32)
+    s = sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def gate_input(u):  # type: ignore[no-untyped-def]
+    """u in float32, kept away from 0, so that `attended` can be had back from SiLU(u) · attended."""
+    u = u.to(tl.float32)
+    return tl.where(tl.abs(u) < 1e-18, 1e-18, u)
+
+
+@triton.jit
+def dot(a, b, acc):  # type: ignore[no-untyped-def]
+    """acc + a · b with products and sums in float32, whatever the operands' dtype; never tf32."""
+    if INTERPRETED:  # the interpreter's bfloat16 product is wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rotate(x1, x2, cos, sin):  # type: ignore[no-untyped-def]
+    """Rotate the pairs (x1, x2) by the angles of cos and sin; by their negatives with −sin."""
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin

@@ -1,0 +1,360 @@
+"""Kernels of mixed chunk attention over its values: chunk sums, scan, output, and their adjoints.
+
+They know no documents: rows that do not read or write have weight 0 in lin_q, lin_k and weights.
+
+Shape letters: N = B·G chunks, C chunk, L width of the linear queries and keys, E values. `attended` is
+weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attended.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_model.ops.triton_math import dot, gate_input, sigmoid, silu, silu_derivative
+
+
+@triton.jit
+def _rows(ptr, b, t, stride_b, stride_t):  # type: ignore[no-untyped-def]
+    """Pointers to the rows t of sequence b, (rows, 1)."""
+    return ptr + b.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t
+
+
+@triton.jit
+def chunk_sums_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+    E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """sums (N, L, E) = lin_kᵀ V of every chunk. Grid: (E / BLOCK_E · L / BLOCK_L, N)."""
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    column = tl.program_id(0) // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
+    feature = tl.program_id(0) % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
+    acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
+    step = tl.arange(0, STEP)
+    lin_k = lin_k_ptr + n.to(tl.int64) * C * L + step[None, :] * L + feature[:, None]
+    values = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
+    for first in tl.range(0, C, STEP, num_stages=STAGES):
+        if WHOLE:
+            v = tl.load(values)
+        else:
+            v = tl.load(values, mask=(g * C + first + step < T)[:, None], other=0.0)
+        k = tl.load(lin_k)
+        acc = dot(k, silu(v).to(k.dtype), acc)
+        lin_k += STEP * L
+        values += STEP * stride_t
+    place = n.to(tl.int64) * L * E + feature[:, None] * E + column[None, :]
+    tl.store(sums_ptr + place, acc.to(sums_ptr.dtype.element_ty))
+
+
+@triton.jit
+def scan_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr, initial_ptr, left_ptr, doc_ptr, state_count_ptr, state_doc_ptr, left_count_ptr, T, G, stride_g, width,
+    C: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    LEAVE: tl.constexpr, FUTURE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Replace the sums (B, G, `width` of stride_g) of the chunks, in place, by what arrives at each.
+
+    Forward, what arrives at a chunk is carried on where the chunk hands on the same document. REVERSE is the adjoint:
+    the same walk from the other end. FUTURE: the documents are followed from behind. What leaves the last chunk goes
+    to left (B, width) float32, its count to left_count (B,). Grid: (width / BLOCK, B).
+    """
+    b = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    carried = tl.zeros([BLOCK], tl.float32)
+    if HAS_INITIAL:
+        carried = tl.load(initial_ptr + b * width + column, mask=inside, other=0.0).to(tl.float32)
+    count = tl.zeros([], tl.int64)
+    if HAS_STATE:
+        count += tl.load(state_count_ptr + b)
+    sums = sums_ptr + b * G * stride_g + column
+    for first in range(0, G, AHEAD):
+        steps = ()
+        for ahead in tl.static_range(AHEAD):
+            g = b * 0 + first + ahead
+            place = G - 1 - g if REVERSE else g
+            steps = steps + (
+                tl.load(sums + place * stride_g, mask=column < tl.where(g < G, width, 0), other=0.0).to(tl.float32),
+            )  # noqa: RUF005
+        for ahead in tl.static_range(AHEAD):
+            g = b * 0 + first + ahead
+            chunk = G - 1 - g if REVERSE else g
+            tl.store(
+                sums + chunk * stride_g, carried.to(sums_ptr.dtype.element_ty), mask=column < tl.where(g < G, width, 0)
+            )
+            keep = chunk >= 0
+            if DOCS:
+                safe = tl.minimum(tl.maximum(chunk, 0), G - 1)
+                if FUTURE:
+                    own = tl.load(doc_ptr + b * T + safe * C)
+                    arriving = tl.load(doc_ptr + b * T + tl.minimum(safe + 1, G - 1) * C)
+                else:
+                    own = tl.load(doc_ptr + b * T + tl.minimum(safe * C + C - 1, T - 1))
+                    arriving = tl.load(doc_ptr + b * T + tl.maximum(safe * C - 1, 0))
+                keep = own == arriving
+            if HAS_STATE:
+                state_doc = tl.load(state_doc_ptr + b)
+                if DOCS:
+                    entry = tl.load(doc_ptr + b * T + tl.minimum(C - 1, T - 1)) == state_doc
+                else:
+                    entry = state_doc == 0
+                keep = tl.where(chunk == 0, entry, keep)
+            carried = tl.where(g < G, steps[ahead] + tl.where(keep, carried, 0.0), carried)
+            count = tl.where(g < G, tl.where(keep, count, 0) + 1, count)
+    if LEAVE:
+        tl.store(left_ptr + b * width + column, carried, mask=inside)
+        if left_count_ptr is not None:
+            tl.store(left_count_ptr + b, count)
+
+
+@triton.jit
+def output_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, weights_ptr, lin_q_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+    E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out (B, T, E) = SiLU(u) · (weights V + lin_q state). Grid: (E / BLOCK_E · C / ROWS, N)."""
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    # The last rows have the most to do: first.
+    first_row = (C // ROWS - 1 - tl.program_id(0) % (C // ROWS)) * ROWS
+    column = tl.program_id(0) // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row = first_row + tl.arange(0, ROWS)
+    step = tl.arange(0, STEP)
+    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
+
+    lin_q = lin_q_ptr + n.to(tl.int64) * C * L + row[:, None] * L + step[None, :]
+    states = states_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + step[:, None] * E + column[None, :]
+    for _ in tl.range(0, L, STEP, num_stages=STAGES):
+        acc = dot(tl.load(lin_q), tl.load(states), acc)
+        lin_q += STEP
+        states += STEP * E
+
+    end = C
+    if CAUSAL:
+        end = first_row + ROWS
+    weights = weights_ptr + n.to(tl.int64) * C * C + row[:, None] * C + step[None, :]
+    values = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
+    for first in tl.range(0, end, STEP, num_stages=STAGES):
+        if WHOLE:
+            v = tl.load(values)
+        else:
+            v = tl.load(values, mask=(g * C + first + step < T)[:, None], other=0.0)
+        w = tl.load(weights)
+        acc = dot(w, silu(v).to(w.dtype), acc)
+        weights += STEP
+        values += STEP * stride_t
+
+    t = g * C + row
+    gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
+    place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
+    if WHOLE:
+        u = gate_input(tl.load(gates))
+        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty))
+    else:
+        u = gate_input(tl.load(gates, mask=(t < T)[:, None], other=0.0))
+        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty), mask=(t < T)[:, None])
+
+
+@triton.jit
+def gate_backward_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, partial_ptr,
+    T, G, stride_b, stride_t,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The gate's adjoint: gradients of u and, (N, C, E), of attended; grad_states (N, L, E) = lin_qᵀ grad_attended.
+
+    partial (N, E): sums of u's gradient over the chunk's tokens. Grid: (E / BLOCK_E · L / BLOCK_L, N).
+    """
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    block_l = tl.program_id(0) % (L // BLOCK_L)
+    column = tl.program_id(0) // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
+    feature = block_l * BLOCK_L + tl.arange(0, BLOCK_L)
+    step = tl.arange(0, STEP)
+    acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
+    total = tl.zeros([BLOCK_E], tl.float32)
+    lin_q = lin_q_ptr + n.to(tl.int64) * C * L + step[None, :] * L + feature[:, None]
+    for first in tl.range(0, C, STEP, num_stages=STAGES):
+        t = g * C + first + step
+        inside = (t < T)[:, None]
+        gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
+        place = _rows(grad_out_ptr, b, t, T * E, E) + column[None, :]
+        if WHOLE:
+            u = gate_input(tl.load(gates))
+            grad = tl.load(place).to(tl.float32)
+        else:
+            u = gate_input(tl.load(gates, mask=inside, other=0.0))
+            grad = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        s = sigmoid(u)
+        q = tl.load(lin_q)
+        grad_attended = (grad * u * s).to(q.dtype)
+        acc = dot(q, grad_attended, acc)
+        lin_q += STEP * L
+        if block_l == 0:
+            out = _rows(out_ptr, b, t, T * E, E) + column[None, :]
+            if WHOLE:
+                attended_gate = tl.load(out).to(tl.float32)
+            else:
+                attended_gate = tl.load(out, mask=inside, other=0.0).to(tl.float32)
+            grad_u = grad * attended_gate * (1.0 / u + 1.0 - s)
+            total += tl.sum(grad_u, 0)
+            place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + column[None, :]
+            if WHOLE:
+                tl.store(place, grad_u.to(grad_uvz_ptr.dtype.element_ty))
+            else:
+                tl.store(place, grad_u.to(grad_uvz_ptr.dtype.element_ty), mask=inside)
+            place = n.to(tl.int64) * C * E + (first + step)[:, None] * E + column[None, :]
+            tl.store(grad_attended_ptr + place, grad_attended)
+    place = n.to(tl.int64) * L * E + feature[:, None] * E + column[None, :]
+    tl.store(grad_states_ptr + place, acc.to(grad_states_ptr.dtype.element_ty))
+    if block_l == 0:
+        tl.store(partial_ptr + n.to(tl.int64) * E + column, total)
+
+
+@triton.jit
+def values_backward_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, weights_ptr, grad_attended_ptr, lin_k_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
+    T, G, stride_b, stride_t, states_b, states_g,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradient of v = SiLU′(v) · (weightsᵀ grad_attended + lin_k grad_sums). Grid: (E / BLOCK_E · C / ROWS, N).
+
+    partial (N, C / ROWS, E): its sums over the rows.
+    """
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    first_row = tl.program_id(0) % (C // ROWS) * ROWS
+    column = tl.program_id(0) // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row = first_row + tl.arange(0, ROWS)
+    step = tl.arange(0, STEP)
+    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    chunk = n.to(tl.int64) * C
+
+    lin_k = lin_k_ptr + chunk * L + row[:, None] * L + step[None, :]
+    sums = grad_sums_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + step[:, None] * E + column[None, :]
+    for _ in tl.range(0, L, STEP, num_stages=STAGES):
+        acc = dot(tl.load(lin_k), tl.load(sums), acc)
+        lin_k += STEP
+        sums += STEP * E
+
+    start = 0
+    if CAUSAL:
+        start = first_row
+    weights = weights_ptr + chunk * C + (start + step)[None, :] * C + row[:, None]
+    grads = grad_attended_ptr + chunk * E + (start + step)[:, None] * E + column[None, :]
+    for _ in tl.range(start, C, STEP, num_stages=STAGES):
+        acc = dot(tl.load(weights), tl.load(grads), acc)
+        weights += STEP * C
+        grads += STEP * E
+
+    t = g * C + row
+    values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + column[None, :]
+    place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + E + column[None, :]
+    if WHOLE:
+        grad_v = acc * silu_derivative(tl.load(values))
+        tl.store(place, grad_v.to(grad_uvz_ptr.dtype.element_ty))
+    else:
+        grad_v = acc * silu_derivative(tl.load(values, mask=(t < T)[:, None], other=0.0))
+        grad_v = tl.where((t < T)[:, None], grad_v, 0.0)
+        tl.store(place, grad_v.to(grad_uvz_ptr.dtype.element_ty), mask=(t < T)[:, None])
+    partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + first_row // ROWS) * E + column
+    tl.store(partial, tl.sum(grad_v, 0))
+
+
+@triton.jit
+def _contract(  # type: ignore[no-untyped-def]
+    x, y, x_row, T,
+    E: tl.constexpr, SILU: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """X (M, E) · Y (N, E)ᵀ, with SiLU on X; x and y point at their first STEP columns."""
+    acc = tl.zeros([M, N], tl.float32)
+    for _ in tl.range(0, E, STEP, num_stages=STAGES):
+        other = tl.load(y)
+        if SILU:
+            if WHOLE:
+                block = tl.load(x)
+            else:
+                block = tl.load(x, mask=(x_row < T)[:, None], other=0.0)
+            acc = dot(silu(block).to(other.dtype), tl.trans(other), acc)
+        else:
+            acc = dot(tl.load(x), tl.trans(other), acc)
+        x += STEP
+        y += STEP
+    return acc
+
+
+@triton.jit
+def contractions_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, bias_ptr, doc_ptr, quad_q_ptr, quad_k_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+    grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
+    T, G, stride_b, stride_t, states_b, states_g,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """All that sums over E. Grid: (roles, N); a role is one block of one of the following.
+
+    scores   (keys, queries)  V · grad_attendedᵀ, times the derivative of relu(s)²: grad_scores (N, C keys, C queries),
+             and without that factor, where own chunks are read linearly, grad_weights
+    lin_q    (queries, L)  grad_attended · statesᵀ          lin_k    (keys, L)  V · grad_sumsᵀ
+    """
+    BLOCKS: tl.constexpr = C // ROWS
+    PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2 if CAUSAL else BLOCKS * BLOCKS
+    LINEAR: tl.constexpr = BLOCKS * (L // BLOCK_L)
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    role = tl.program_id(0)
+    chunk = n.to(tl.int64) * C
+    dtype = quad_q_ptr.dtype.element_ty
+    step = tl.arange(0, STEP)
+    row = tl.arange(0, ROWS)
+    if role < PAIRS:
+        if CAUSAL:
+            query_block = 0
+            for block in tl.static_range(1, BLOCKS):
+                query_block = tl.where(role >= block * (block + 1) // 2, block, query_block)
+            key_block = role - query_block * (query_block + 1) // 2
+        else:
+            query_block, key_block = role // BLOCKS, role % BLOCKS
+        key, query = key_block * ROWS + row, query_block * ROWS + row
+        t_key = g * C + key
+        x = _rows(uvz_ptr, b, t_key, stride_b, stride_t) + E + step[None, :]
+        y = grad_attended_ptr + (chunk + query)[:, None] * E + step[None, :]
+        grad = _contract(x, y, t_key, T, E, True, WHOLE, ROWS, ROWS, STEP, STAGES)
+        scores = tl.zeros([ROWS, ROWS], tl.float32)
+        for first in tl.static_range(0, S, 64):
+            part = first + tl.arange(0, 64)
+            k = tl.load(quad_k_ptr + (chunk + key)[:, None] * S + part[None, :])
+            q = tl.load(quad_q_ptr + (chunk + query)[:, None] * S + part[None, :])
+            scores = dot(k, tl.trans(q), scores)
+        scores = scores / C + tl.load(bias_ptr + (key[:, None] - query[None, :] + C - 1)).to(tl.float32)
+        allowed = (key[:, None] >= 0) & (query[None, :] >= 0)
+        if CAUSAL:
+            allowed = allowed & (key[:, None] <= query[None, :])
+        if DOCS:
+            key_doc = tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(t_key, T - 1))
+            query_doc = tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(g * C + query, T - 1))
+            allowed = allowed & (key_doc[:, None] == query_doc[None, :])
+        grad = tl.where(allowed, grad, 0.0)
+        place = (chunk + key)[:, None] * C + query[None, :]
+        tl.store(grad_scores_ptr + place, (grad * 2.0 * tl.maximum(scores, 0.0)).to(dtype))
+        if DOCS and not CAUSAL:
+            tl.store(grad_weights_ptr + place, grad.to(dtype))
+    else:
+        part = (role - PAIRS) % LINEAR
+        row = part // (L // BLOCK_L) * ROWS + row
+        feature = part % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
+        state = b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + feature[:, None] * E + step[None, :]
+        place = (chunk + row)[:, None] * L + feature[None, :]
+        if role < PAIRS + LINEAR:
+            x = grad_attended_ptr + (chunk + row)[:, None] * E + step[None, :]
+            grad = _contract(x, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            tl.store(grad_lin_q_ptr + place, grad.to(dtype))
+        else:
+            t = g * C + row
+            x = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + step[None, :]
+            grad = _contract(x, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            tl.store(grad_lin_k_ptr + place, grad.to(dtype))
