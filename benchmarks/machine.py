@@ -13,6 +13,7 @@ import torch
 
 DATA_SHEET_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, by a part of the GPU's name
 HEAD_START_CYCLES = 4_000_000  # about 2 ms: longer than Python takes to enqueue what is timed
+REPETITION_SECONDS = 0.3  # how long a short run is repeated
 CACHE_BYTES = 2**28  # written between repetitions; several times the L2 cache of any GPU
 
 
@@ -26,7 +27,7 @@ def median_milliseconds(run: Callable[[], object], device: torch.device, *, repe
     """Return the median time of `run` on `device` in milliseconds, warm and with a cold cache.
 
     On a GPU, device time between events: each repetition is enqueued whole while the GPU still sleeps, so that the
-    time Python takes to launch is not in it. repetitions: default as many as fit 0.3 s, 5 to 50.
+    time Python takes to launch is not in it. repetitions: default as many as fit REPETITION_SECONDS, 5 to 50.
     """
     run()
     synchronize(device)
@@ -34,7 +35,7 @@ def median_milliseconds(run: Callable[[], object], device: torch.device, *, repe
     run()
     synchronize(device)
     seconds = time.perf_counter() - began
-    repetitions = repetitions or min(50, max(5, int(0.3 / seconds)))
+    repetitions = repetitions or min(50, max(5, int(REPETITION_SECONDS / seconds)))
     if device.type != "cuda":
         return statistics.median(_wall_milliseconds(run) for _ in range(repetitions))
     cache = torch.empty(CACHE_BYTES, dtype=torch.int8, device=device)
@@ -111,15 +112,16 @@ def _output(*command: str) -> str | None:
 
 
 class TimeLimit:
-    """Says which parts of a benchmark no longer fit its seconds; a part is taken to last as long as the one before."""
+    """Says when the next part of a benchmark no longer fits its seconds; it is taken to last as long as the last."""
 
     def __init__(self, seconds: float | None) -> None:
-        self._limit = seconds
-        self._start = self._part_start = time.monotonic()
-        self._previous = 0.0
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._part_start = time.monotonic()
+        self._spent = False
 
     def allows_another(self) -> bool:
-        """Whether another part is to be started; called before each."""
+        """Whether another part is to be started; called before each. Once no, always no."""
         now = time.monotonic()
-        self._previous, self._part_start = now - self._part_start, now
-        return self._limit is None or now - self._start + self._previous < self._limit
+        previous, self._part_start = now - self._part_start, now
+        self._spent = self._spent or (self._end is not None and now + previous > self._end)
+        return not self._spent

@@ -48,9 +48,9 @@ def _draw_size(axes: Any, size: str, rows: Sequence[Mapping[str, Any]]) -> None:
         where = [row["context"] for row in best]
         speed = [row["tokens_per_second"] / 1e3 for row in best]
         axes.plot(where, speed, style, color=color, lw=2.6, marker="o", ms=4.5, solid_capstyle="round", label=group)
-        axes.annotate(
-            f"{speed[-1]:,.0f}k", (where[-1], speed[-1]), (9, 0), textcoords="offset points", va="center", color=color
-        )
+        if len(best) > 1:
+            end, offset = (where[-1], speed[-1]), (9, 0)
+            axes.annotate(f"{speed[-1]:,.0f}k", end, offset, textcoords="offset points", va="center", color=color)
     axes.set_xscale("log", base=2)
     axes.set_xticks(contexts, [f"{context // 1024}k" if context >= 1024 else str(context) for context in contexts])
     axes.set_xlim(contexts[0] * 0.85, contexts[-1] * 1.5)

@@ -55,18 +55,18 @@ class TrainingStep:
         return [name for name, parameter in named if parameter.grad is None or not bool(parameter.grad.any())]
 
 
-def compile_model(model: nn.Module, what: str) -> None:
+def compile_model(model: nn.Module, what: str, backend: str = "inductor") -> None:
     """Compile in place: "model" as one graph; "layer": one graph that all layers share, and the ends; "none": not."""
     if what == "model":
-        model.compile(dynamic=False)
+        model.compile(dynamic=False, backend=backend)
     elif what == "layer":
         assert isinstance(model, FlashLM | TransformerLM)
         for layer in model.layers:
-            layer.compile(dynamic=False, fullgraph=True)
+            layer.compile(dynamic=False, fullgraph=True, backend=backend)
         if model.positions is not None:
-            model.positions.compile(dynamic=False)
+            model.positions.compile(dynamic=False, backend=backend)
         head = "head"
-        setattr(model, head, torch.compile(model.head, dynamic=False))
+        setattr(model, head, torch.compile(model.head, dynamic=False, backend=backend))
 
 
 def step_milliseconds(step: TrainingStep, steps: int) -> list[float]:
