@@ -1,0 +1,80 @@
+"""The kernels of mixed chunk attention under Triton's interpreter, on small problems, against the float64 reference.
+
+Triton reads TRITON_INTERPRET when it is imported, so all cases run in one process of their own, which prints what came
+out; each then is a test here.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu.comparison import Case, draw, exactly, measure, public_op, relative_errors, runs_kernels
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.5e-2}  # casts to bfloat16 truncate in the interpreter
+
+CASES = [
+    (Case(64, 64, 300, chunk=128), torch.float32),
+    (Case(64, 64, 300, 2, 128, documents=True, state=True), torch.float32),
+    (Case(64, 64, 256, 2, 128, documents=True, state=True), torch.float32),
+    (Case(64, 128, 257, chunk=128, causal=False), torch.float32),
+    (Case(64, 64, 300, 2, 128, causal=False, documents=True), torch.float32),
+    (Case(192, 64, 100, chunk=128, state=True), torch.float32),
+    (Case(64, 64, 300, chunk=256, documents=True), torch.float32),
+    (Case(64, 64, 1, chunk=128), torch.float32),
+    (Case(64, 64, 256, 2, 128, documents=True, state=True, wide_parameters=True), torch.bfloat16),
+]
+
+
+def name_of(case: Case, dtype: torch.dtype) -> str:
+    return f"{case}-{str(dtype).removeprefix('torch.')}"
+
+
+def errors_of(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    problem = draw(case, dtype)
+    os.environ["FLASH_OP"] = "reference"
+    exact = exactly(problem)
+    os.environ["FLASH_OP"] = "triton"
+    assert runs_kernels(case, dtype)
+    return relative_errors(measure(public_op, problem), exact)
+
+
+def main() -> None:
+    """Print, as JSON by case, the relative errors, or the traceback of what went wrong."""
+    torch.use_deterministic_algorithms(True)  # with it, torch.empty fills with NaN
+    results: dict[str, Any] = {}
+    for case, dtype in CASES:
+        try:
+            results[name_of(case, dtype)] = errors_of(case, dtype)
+        except Exception:
+            results[name_of(case, dtype)] = traceback.format_exc()
+    print(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return results
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=[name_of(*case) for case in CASES])
+def test_interpreted_kernels_equal_the_reference(case: Case, dtype: torch.dtype, interpreted: dict[str, Any]) -> None:
+    errors = interpreted[name_of(case, dtype)]
+    assert isinstance(errors, dict), errors
+    assert {name: error for name, error in errors.items() if error > TOLERANCE[dtype]} == {}
+
+
+if __name__ == "__main__":
+    main()
