@@ -254,7 +254,7 @@ def _write_key_grads(
 
 
 def _add_query_grads(call: _Call, strip: _Strip, grad_scores: Tensor, grad_q: Tensor) -> None:
-    """Add what a strip of keys gives to the gradient of q (B·P, S); the first strip, which every row reads, writes it."""
+    """Add what a strip of keys gives to the gradient of q (B·P, S); the first, that all rows read, writes it."""
     launch = LAUNCHES[grad_scores.dtype]["query_grads"]
     options = launch.options(call.S)
     kernels.query_grads_kernel[(strip.rows // launch.rows, call.S // options["COLUMNS"], call.B)](
