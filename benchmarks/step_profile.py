@@ -3,7 +3,7 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from flash_model.config import ModelConfig
 
 PROFILED_STEPS = 3
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1}  # op: index of its left factor
-UPDATE_BYTES = 14  # moved for a bfloat16 parameter: it, gradient, moments read; all but one written
+BYTES = torch.bfloat16.itemsize
 
 
 @dataclass
@@ -39,79 +39,93 @@ def product_role(rows: int, inner: int, columns: int, config: ModelConfig) -> st
     """Name the dense product (rows, inner)·(inner, columns): which projection, which direction."""
     D, E, V = config.d_model, config.expanded_dim, config.vocab_size
     P = 2 * E + config.qk_dim
+    if inner == V:
+        return "head, input gradient"
+    if V in (rows, columns):
+        return "head, forward" if inner == D else "head, weight gradient"
     directions = {
-        (D, P): "expand, forward",
-        (P, D): "expand, input gradient",
-        (E, D): "contract, forward",
-        (D, E): "contract, input gradient",
-        (D, V): "head, forward",
-        (V, D): "head, input gradient",
+        (D, P): "projections, expand forward",
+        (P, D): "projections, expand input gradient",
+        (E, D): "projections, contract forward",
+        (D, E): "projections, contract input gradient",
     }
     weights = {
-        frozenset((D, P)): "expand, weight gradient",
-        frozenset((D, E)): "contract, weight gradient",
-        frozenset((D, V)): "head, weight gradient",
+        frozenset((D, P)): "projections, expand weight gradient",
+        frozenset((D, E)): "projections, contract weight gradient",
     }
     role = directions.get((inner, columns)) or weights.get(frozenset((rows, columns)))
-    return role or f"products over {inner} to {columns}"
+    return role or f"other, products over {inner} to {columns}"
 
 
-def kernel_stage(name: str, op_kernels: Iterable[str]) -> str:
+def kernel_stage(name: str, own_kernels: Mapping[str, str]) -> str:
     """Name the stage of a kernel that is no dense product of the model."""
-    if any(name.startswith(kernel) for kernel in op_kernels):
-        return f"op: {name}"
+    if name in own_kernels:
+        return f"{own_kernels[name]}, {name}"
     if "multi_tensor_apply" in name or "adam" in name.lower():
         return "optimizer"
     if name.startswith("triton_"):
-        return f"compiled: {re.sub(r'_?[0-9]+$', '', name)[:60]}"
-    if name.startswith(("Memcpy", "Memset")):
-        return name.split(" ")[0]
-    return re.sub(r"^void |<.*|\(.*", "", name)[:60]
+        return f"compiled, {re.sub(r'_?[0-9]+$', '', name)[:60]}"
+    return "other, " + re.sub(r"^void |<.*|\(.*", "", name)[:60]
 
 
-def group_events(events: Iterable[Any], config: ModelConfig, op_kernels: Iterable[str]) -> dict[str, Stage]:
-    """Sum the kernels of torch profiler events (microseconds) by stage; dense products are told apart by shape."""
+def group_events(events: Iterable[Any], config: ModelConfig, own_kernels: Mapping[str, str]) -> dict[str, Stage]:
+    """Sum the kernels of torch profiler events by stage, "group, what"; dense products are told apart by shape."""
     stages: dict[str, Stage] = defaultdict(Stage)
-    in_products: dict[str, float] = defaultdict(float)
-    launches_in_products: dict[str, int] = defaultdict(int)
+    in_products: dict[str, Stage] = defaultdict(Stage)
     kernels: dict[str, Stage] = defaultdict(Stage)
     for event in events:
+        if event.is_user_annotation:
+            continue
         if event.device_type.name == "CUDA":
-            kernels[event.name].add(event.self_device_time_total / 1e3)
+            kernels[event.name].add(event.time_range.elapsed_us() / 1e3)
         elif event.name in PRODUCTS and event.kernels and event.input_shapes:
             left, right = event.input_shapes[PRODUCTS[event.name] :][:2]
-            flops = 2.0 * math.prod(left) * right[-1]
-            duration = sum(kernel.duration for kernel in event.kernels) / 1e3
-            stages[product_role(left[-2], left[-1], right[-1], config)].add(duration, flops)
+            role = product_role(left[-2], left[-1], right[-1], config)
             for kernel in event.kernels:
-                in_products[kernel.name] += kernel.duration / 1e3
-                launches_in_products[kernel.name] += 1
+                in_products[kernel.name].add(kernel.duration / 1e3)
+            duration = sum(kernel.duration for kernel in event.kernels) / 1e3
+            stages[role].add(duration, 2.0 * math.prod(left) * right[-1])
     for name, seen in kernels.items():
-        calls = seen.calls - launches_in_products[name]
-        if calls > 0:
-            stage = stages[kernel_stage(name, op_kernels)]
-            stage.milliseconds += seen.milliseconds - in_products[name]
-            stage.calls += calls
+        inside = in_products[name]
+        if seen.calls > inside.calls:
+            stage = stages[kernel_stage(name, own_kernels)]
+            stage.milliseconds += seen.milliseconds - inside.milliseconds
+            stage.calls += seen.calls - inside.calls
     return dict(stages)
 
 
-def op_kernel_names() -> list[str]:
-    """Return the names of the project's own Triton kernels; none where there is no Triton."""
+def own_kernel_groups() -> dict[str, str]:
+    """Return the group, "op" or "head", of each of the project's own Triton kernels; none where there is no Triton."""
     try:
         import triton  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
-        return []
+        return {}
     import importlib
     import pkgutil
 
     import flash_model
 
-    names = []
+    groups: dict[str, str] = {}
     for module in pkgutil.walk_packages(flash_model.__path__, "flash_model."):
         if module.name.rpartition(".")[2].startswith("triton_"):
+            group = "op" if module.name.startswith("flash_model.ops.") else "head"
             members = vars(importlib.import_module(module.name))
-            names += [name for name, member in members.items() if isinstance(member, triton.JITFunction)]
-    return names
+            groups |= {name: group for name, member in members.items() if isinstance(member, triton.JITFunction)}
+    return groups
+
+
+def floor_milliseconds(
+    config: ModelConfig, tokens: int, parameters: int, machine: Mapping[str, Any]
+) -> dict[str, float]:
+    """Return the least time of each group that has one: FLOPs at the measured rate of a product, bytes of a copy."""
+    D, E, S = config.d_model, config.expanded_dim, config.qk_dim
+    product, copy = 1e-9 / machine["matmul_tflops"], 1e-6 / machine["copy_gb_per_s"]
+    return {
+        "projections": 3 * 2 * tokens * config.n_layers * D * (3 * E + S) * product,
+        "head": 3 * 2 * tokens * D * config.vocab_size * product,
+        "op": tokens * config.n_layers * (8 * E + 3 * S) * BYTES * copy,
+        "optimizer": 7 * BYTES * parameters * copy,  # it, gradient and moments read, all but the gradient written
+    }
 
 
 def profile_step(
@@ -119,7 +133,7 @@ def profile_step(
 ) -> dict[str, Any]:
     """Profile the training step of a model and return its stages, slowest first, with their floors.
 
-    A floor is the FLOPs of a product at the measured rate of a large one, or bytes at the measured rate of a copy.
+    Stages come in groups: a row for each group, then its members, which have an `inside`.
     """
     batch = size.batch(context)
     model = models.build(entrant, size, context, device, torch.bfloat16)
@@ -134,25 +148,28 @@ def profile_step(
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         with profile(activities=activities, record_shapes=True) as profiler:
             step_milliseconds(step, PROFILED_STEPS)
-    stages = group_events(profiler.events(), config, op_kernel_names())
-    floors = {
-        name: 1e-9 * stage.flops / PROFILED_STEPS / machine["matmul_tflops"]
-        for name, stage in stages.items()
-        if stage.flops
-    }
-    floors["optimizer"] = 1e-6 * UPDATE_BYTES * parameters / machine["copy_gb_per_s"]
+    stages = group_events(profiler.events(), config, own_kernel_groups())
+    floors = floor_milliseconds(config, batch * context, parameters, machine)
+    rows = []
+    for group in sorted({name.partition(",")[0] for name in stages}):
+        members = {name: stage for name, stage in stages.items() if name.partition(",")[0] == group}
+        rows.append(_row(group, list(members.values()), floors.get(group)))
+        for name, stage in sorted(members.items(), key=lambda item: -item[1].milliseconds) if len(members) > 1 else []:
+            floor = 1e-9 * stage.flops / PROFILED_STEPS / machine["matmul_tflops"] if stage.flops else None
+            rows.append({"inside": group} | _row(name.partition(", ")[2], [stage], floor))
     return {
         "title": entrant.title,
         "context": context,
         "tokens_per_step": batch * context,
         "ms": milliseconds,
-        "stages": [
-            {
-                "stage": name,
-                "calls": stage.calls / PROFILED_STEPS,
-                "ms": stage.milliseconds / PROFILED_STEPS,
-                "floor_ms": floors.get(name),
-            }
-            for name, stage in sorted(stages.items(), key=lambda item: -item[1].milliseconds)
-        ],
+        "stages": rows,
+    }
+
+
+def _row(name: str, stages: Sequence[Stage], floor: float | None) -> dict[str, Any]:
+    return {
+        "stage": name,
+        "calls": sum(stage.calls for stage in stages) / PROFILED_STEPS,
+        "ms": sum(stage.milliseconds for stage in stages) / PROFILED_STEPS,
+        "floor_ms": floor,
     }

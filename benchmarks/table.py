@@ -73,19 +73,22 @@ def _ratios(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _profile_table(profile: Mapping[str, Any]) -> str:
-    total = sum(stage["ms"] for stage in profile["stages"])
-    cells = [
-        [
-            stage["stage"],
-            number(stage["calls"], ",.0f"),
-            number(stage["ms"], ".2f"),
-            number(100 * stage["ms"] / total, ".1f"),
-            number(stage["floor_ms"], ".2f"),
-            number(stage["floor_ms"] and stage["ms"] / stage["floor_ms"], ".2f"),
-        ]
-        for stage in profile["stages"]
-    ]
-    cells.append(["all kernels", "", number(total, ".2f"), "100.0", "–", "–"])
+    groups = [stage for stage in profile["stages"] if "inside" not in stage]
+    total = sum(stage["ms"] for stage in groups)
+    cells = []
+    for stage in profile["stages"]:
+        floor = stage["floor_ms"]
+        cells.append(
+            [
+                f"· {stage['stage']}" if "inside" in stage else stage["stage"],
+                number(stage["calls"], ",.0f"),
+                number(stage["ms"], ".2f"),
+                number(100 * stage["ms"] / total if total else None, ".1f"),
+                number(floor, ".2f"),
+                number(stage["ms"] / floor if floor else None, ".2f"),
+            ]
+        )
+    cells.append(["all kernels", "", number(total, ".2f"), "", "", ""])
     title = (
         f"A step of {profile['title']} at {profile['context']:,}, {profile['tokens_per_step']:,} tokens: "
         f"{profile['ms']:.1f} ms without the profiler"

@@ -15,7 +15,7 @@ from benchmarks import machine, models, op, plot, step, table
 from benchmarks.models import ENTRANTS, SIZES
 from benchmarks.plain_flash import PlainFlashLM
 from benchmarks.report import markdown_table
-from benchmarks.step_profile import group_events
+from benchmarks.step_profile import floor_milliseconds, group_events
 from flash_model.config import ModelConfig
 from flash_model.init import initialize
 from flash_model.lm import FlashLM, build_model
@@ -197,14 +197,16 @@ def test_kernels_are_told_apart_by_stage() -> None:
     """Dense products by their shapes, the rest by name; launches inside products are not counted twice."""
     config = ModelConfig(vocab_size=1000, d_model=64, n_layers=1, qk_dim=16)
 
-    def device(name: str, microseconds: float) -> Any:
+    def device(name: str, microseconds: float, annotation: bool = False) -> Any:
+        time_range = SimpleNamespace(elapsed_us=lambda: microseconds)
         kind = SimpleNamespace(name="CUDA")
-        return SimpleNamespace(name=name, device_type=kind, self_device_time_total=microseconds)
+        return SimpleNamespace(name=name, device_type=kind, time_range=time_range, is_user_annotation=annotation)
 
     def product(name: str, shapes: list[list[int]], kernels: dict[str, float]) -> Any:
         launched = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels.items()]
+        kind = SimpleNamespace(name="CPU")
         return SimpleNamespace(
-            name=name, device_type=SimpleNamespace(name="CPU"), input_shapes=shapes, kernels=launched
+            name=name, device_type=kind, input_shapes=shapes, kernels=launched, is_user_annotation=False
         )
 
     events = [
@@ -213,23 +215,34 @@ def test_kernels_are_told_apart_by_stage() -> None:
         product("aten::mm", [[512, 1000], [1000, 64]], {"gemm": 50}),
         *(device("gemm", time) for time in (30, 40, 50, 7)),
         device("splitk", 2),
+        device("Optimizer.step#AdamW.step", 100, annotation=True),
         device("_scores_kernel", 5),
         device("triton_poi_fused_add_0", 3),
         device("triton_poi_fused_add_12", 4),
         device("void at::native::multi_tensor_apply_kernel<Adam>(int)", 9),
     ]
-    stages = group_events(events, config, ["_scores_kernel"])
+    stages = group_events(events, config, {"_scores_kernel": "op"})
     found = {name: (round(1e3 * stage.milliseconds, 6), stage.calls) for name, stage in stages.items()}
     assert found == {
-        "expand, forward": (30, 1),
-        "expand, weight gradient": (42, 1),
+        "projections, expand forward": (30, 1),
+        "projections, expand weight gradient": (42, 1),
         "head, input gradient": (50, 1),
-        "gemm": (7, 1),
-        "op: _scores_kernel": (5, 1),
-        "compiled: triton_poi_fused_add": (7, 2),
+        "other, gemm": (7, 1),
+        "op, _scores_kernel": (5, 1),
+        "compiled, triton_poi_fused_add": (7, 2),
         "optimizer": (9, 1),
     }
-    assert stages["expand, forward"].flops == 2 * 512 * 64 * 272
+    assert stages["projections, expand forward"].flops == 2 * 512 * 64 * 272
+
+
+def test_floors_of_a_step() -> None:
+    """The base model's, by hand: 112 M parameters, 24 layers, 65,536 tokens, at 700 TFLOP/s and 3 TB/s."""
+    config = ModelConfig(vocab_size=32_000, d_model=768, n_layers=24)
+    floors = floor_milliseconds(config, 65_536, 112_000_000, {"matmul_tflops": 700, "copy_gb_per_s": 3000})
+    assert floors["projections"] == pytest.approx(24 * 3 * 65_536 * 2 * (768 * 3200 + 1536 * 768) / 700e12 * 1e3)
+    assert floors["head"] == pytest.approx(13.8, abs=0.05)
+    assert floors["op"] == pytest.approx(24 * 0.553, abs=0.05)
+    assert floors["optimizer"] == pytest.approx(112e6 * 14 / 3e12 * 1e3)
 
 
 def test_profile_of_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
