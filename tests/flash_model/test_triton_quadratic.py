@@ -74,19 +74,19 @@ def draw(case: Case) -> tuple[reference_quadratic.Inputs, Tensor]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches how many elements the largest tensor has that is made meanwhile."""
+    """Watches how large, in float32 elements, the largest tensor is that is made meanwhile."""
 
     elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if isinstance(made, Tensor):
-            self.elements = max(self.elements, made.numel())
+            self.elements = max(self.elements, made.nbytes // 4)
         return made
 
 
 def outcome_of(case: Case) -> dict[str, float]:
-    """The largest tensor made, in elements, and the relative errors of out and of all gradients."""
+    """The size of the largest tensor made, and the relative errors of out and of all gradients."""
     from flash_model.ops import triton_quadratic
 
     inputs, grad_out = draw(case)
