@@ -10,7 +10,7 @@ LAUNCH = {torch.bfloat16: (8192, 16), torch.float32: (4096, 16)}
 
 
 @triton.jit
-def _cross_entropy_kernel(
+def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     targets_ptr,
     counts_ptr,
@@ -19,7 +19,7 @@ def _cross_entropy_kernel(
     STRIDE: tl.constexpr,
     DIFFERENTIATE: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One program a row. Columns V … STRIDE − 1 are padding: read, never used, so that accesses stay aligned."""
     LOG2_E: tl.constexpr = 1.4426950408889634
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK

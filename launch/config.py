@@ -59,6 +59,11 @@ class TrainSection(StrictModel):
         default=1,
         description="what ZeRO partitions: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters",
     )
+    compile: bool = Field(
+        default=False,
+        description="torch.compile the model: the first step takes minutes, the others less time and memory. "
+        "With ZeRO-3, whose hooks stand around modules, every layer is compiled by itself",
+    )
     deterministic: bool = Field(
         default=False, description="on GPUs, deterministic algorithms only: slower, bit-exact resume"
     )

@@ -12,7 +12,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from flash_model.lm import build_model, decayed_parameters
+from flash_model.gau import GatedAttentionUnit
+from flash_model.lm import FlashLM, build_model, decayed_parameters
 from launch.config import RunConfig, accumulation_steps
 from launch.deepspeed_config import deepspeed_config
 from pipeline.errors import UserError
@@ -129,6 +130,7 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
 
     accumulation = accumulation_steps(config, processes.world_size)
     if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on a GPU
         torch.use_deterministic_algorithms(True)
     model = build_model(config.model, seed=config.run.seed)
     decayed = decayed_parameters(model)
@@ -145,12 +147,29 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
         weight_decay=config.optimizer.weight_decay,
         fused=processes.device.type == "cuda",
     )
+    if config.train.compile:
+        _compile(model, config.train.zero_stage)
     settings = deepspeed_config(config, accumulation)
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     except ValidationError as error:
         raise UserError(f"deepspeed: DeepSpeed refuses these settings: {error}") from error
     return engine
+
+
+def _compile(model: FlashLM, zero_stage: int) -> None:
+    """Compile the model's forward, with ZeRO-3 every layer's, each as one graph, before DeepSpeed hooks into it.
+
+    `engine.compile()` compiles modules with DeepSpeed's hooks, which break the graph; a forward has them around it.
+    With ZeRO-3 a layer is made a leaf: it has no hooks inside, and gathers all of its parameters at once. Layers share
+    their compiled code.
+    """
+    if zero_stage == 3:
+        from deepspeed.utils import set_z3_leaf_modules
+
+        set_z3_leaf_modules(model, [GatedAttentionUnit])
+    for module in model.layers if zero_stage == 3 else [model]:
+        module.forward = torch.compile(module.forward, fullgraph=True)
 
 
 def update(engine: Any) -> float:

@@ -31,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.shards import TokenDataset
 
 FINISHED, STOPPED, BAD_NUMBERS = 0, 75, 70
-"""Exit statuses: last step reached; stopped cleanly and to be resumed; loss or gradient not finite."""
+"""Exit statuses: last step reached; stopped cleanly and to be resumed; loss or gradient not finite, or no gradient."""
 
 
 def open_datasets(config: RunConfig) -> tuple[TokenDataset, dict[str, TokenDataset]]:
@@ -131,6 +131,9 @@ def train(config: RunConfig, processes: Processes) -> int:
             if not math.isfinite(norm):
                 status = _report_bad_numbers(progress, "gradient norm", norm, samples)
                 break
+            if norm == 0 and targets:
+                status = _report_no_gradient(progress, targets, compiled=config.train.compile)
+                break
             tokens_before = progress.tokens
             progress = replace(
                 progress, step=progress.step + 1, tokens=tokens_before + config.train.tokens_per_step, data=stream.state
@@ -213,6 +216,12 @@ def _report_bad_numbers(progress: Progress, what: str, value: float, samples: li
         f"error: the {what} of step {progress.step + 1} is {value}; its samples: {samples}. The step was not saved: "
         "resume from the last checkpoint with a lower optimizer.lr"
     )
+    return BAD_NUMBERS
+
+
+def _report_no_gradient(progress: Progress, targets: int, *, compiled: bool) -> int:
+    advice = "try train.compile=false" if compiled else "no gradient reaches the parameters"
+    say(f"error: step {progress.step + 1} has {targets:,} targets and a gradient of exactly 0: {advice}")
     return BAD_NUMBERS
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 STAGES = (0, 1, 2, 3)
+COMPILED_STAGES = (1, 3)
 # The short last window of the data is in the first step (tests assert it), so that masks are unequal.
 SAMPLES = 4
 
@@ -22,8 +23,8 @@ def folder(
     """Runs of 8 steps by 1 and 2 processes, and the first gradient of 1, 2 and 4 processes over a whole epoch."""
     folder = tmp_path_factory.mktemp("equivalence")
 
-    def train(name: str, stage: int) -> dict[str, Any]:
-        overrides = [f"run.dir={folder / name}", f"train.zero_stage={stage}"]
+    def train(name: str, stage: int, *extra: str) -> dict[str, Any]:
+        overrides = [f"run.dir={folder / name}", f"train.zero_stage={stage}", *extra]
         return {"config": str(run_config), "overrides": overrides, "action": "train"}
 
     def gradient(processes: int) -> dict[str, Any]:
@@ -38,8 +39,9 @@ def folder(
         output = str(folder / f"gradient-{processes}.pt")
         return {"config": str(run_config), "overrides": overrides, "action": "gradients", "output": output}
 
+    compiled = [train(f"compiled-{stage}", stage, "train.compile=true") for stage in COMPILED_STAGES]
     run_cases(folder, [gradient(1), train("one", 1)], 1)
-    run_cases(folder, [gradient(2), *(train(f"two-{stage}", stage) for stage in STAGES)], 2)
+    run_cases(folder, [gradient(2), *(train(f"two-{stage}", stage) for stage in STAGES), *compiled], 2)
     run_cases(folder, [gradient(4)], 4)
     return folder
 
@@ -54,6 +56,15 @@ def test_two_processes_lose_what_one_loses(
     assert one[8] < one[1] - 0.5, "the run does not learn: equal losses would show nothing"
     valid = metric(folder / f"two-{stage}", "valid/loss")
     assert valid == pytest.approx(metric(folder / "one", "valid/loss"), abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", COMPILED_STAGES)
+def test_a_compiled_run_loses_what_an_uncompiled_one_loses(
+    folder: Path, metric: Callable[[Path, str], dict[int, float]], stage: int
+) -> None:
+    eager, compiled = folder / f"two-{stage}", folder / f"compiled-{stage}"
+    for name in ("train/loss", "train/grad_norm", "valid/loss"):
+        assert metric(compiled, name) == pytest.approx(metric(eager, name), rel=1e-5), name
 
 
 def test_gradient_norms_agree_over_stages(folder: Path, metric: Callable[[Path, str], dict[int, float]]) -> None:

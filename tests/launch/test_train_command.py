@@ -61,6 +61,15 @@ def test_settings_that_deepspeed_refuses(config: Path) -> None:
     assert "reduce_bucket_sizes" in done.stderr.split("error: ")[-1]
 
 
+def test_a_run_without_any_gradient_stops(config: Path, tmp_path: Path) -> None:
+    """Logits times 1e-50 are all 0 in float32, and so is what comes back."""
+    done = train(config, "model.head_scale=1e-50")
+    assert done.returncode == 70, done.stderr
+    assert "step 1 has 512 targets and a gradient of exactly 0" in done.stdout
+    assert not (tmp_path / "run/DONE").exists()
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
 @pytest.fixture(scope="module")
 def finished(prepared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps with a checkpoint after 2 and 4."""
