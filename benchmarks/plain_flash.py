@@ -32,9 +32,10 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         v_BGCE = v_BTE.unflatten(1, (-1, C))
 
         scores_BGCC = (quad_q @ quad_k.mT / C + toeplitz(self.position_bias(), 0, C, C)).relu().square().tril()
-        states_BGSE = (lin_k.mT / C) @ v_BGCE
-        before = torch.arange(T // C, device=x.device).clamp(min=1).to(x.dtype)[:, None, None]
-        earlier_BGSE = F.pad(states_BGSE.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0)) / before
+        states_BGSE = lin_k.mT @ v_BGCE
+        tokens_before = C * torch.arange(T // C, device=x.device).clamp(min=1).to(accumulation_dtype(x))
+        sums_BGSE = F.pad(states_BGSE.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
+        earlier_BGSE = (sums_BGSE / tokens_before[:, None, None]).to(x.dtype)
         attended_BGCE = scores_BGCC @ v_BGCE + lin_q @ earlier_BGSE
         return x + self.contract(u_BTE * attended_BGCE.flatten(1, 2))
 

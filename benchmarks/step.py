@@ -169,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
         "--compile",
         choices=("model", "layer", "none"),
         default="layer",
-        help="one graph; one for all layers (default: the same speed, compiled in a tenth of the time); none",
+        help="the whole model as one graph; one graph for all layers, compiled once (default); nothing",
     )
     parser.add_argument("--seconds", type=float, help="leave out rows that would take longer than this in all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results, after each row")
