@@ -15,14 +15,16 @@ from torch.utils.flop_counter import register_flop_formula
 from flash_model.ops.heads import accumulation_dtype
 
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
-"""Elements of a block of logits, by device: 128 MiB of float32, 512 MiB of bfloat16."""
+"""Elements of a block of logits, by device: 128 MiB of float32, 512 MiB of bfloat16. The gradients add up by block."""
+LOGITS_IN_CACHE = {"cpu": 2**22, "cuda": 2**24}
+"""Elements of the pieces of a block that turn from logits into gradients while the L2 cache still holds them."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Return the sum of −ln softmax(hidden · weightᵀ)[target] in nats: a float32 scalar (float64 for a float64 hidden).
 
     hidden: (..., D); weight: (V, D), of the same dtype; targets: (...) integers; mask: (...), zero or False where a
-    target does not count and may be any number. Logits exist in hidden's dtype for LOGITS_AT_ONCE / V rows at a time.
+    target does not count and may be any number. Logits exist in hidden's dtype for LOGITS_AT_ONCE / V rows.
     Differentiable in hidden and weight, once. On a GPU a target that counts and is no row of weight makes the sum NaN.
     ValueError where shapes or dtypes do not fit.
     """
@@ -62,19 +64,27 @@ def _linear_cross_entropy(
     nats_N = hidden_ND.new_empty(N, dtype=dtype)
     grad_hidden_ND = hidden_ND.new_empty((N, D) if differentiate else 0)
     grad_weight_VD = hidden_ND.new_zeros((V, D) if differentiate else 0, dtype=dtype)
-    # Blocks of equal size; rows a multiple of 128 bytes apart, as fast products want them.
-    blocks = -(-N * V // LOGITS_AT_ONCE[hidden_ND.device.type])
-    size = -(-N // max(blocks, 1))
-    buffer = hidden_ND.new_empty(size, -(-V // 64) * 64)[:, :V]
-    for first in range(0, N, max(size, 1)):
-        rows = slice(first, first + size)
-        hidden_block_ND = hidden_ND[rows]
-        logits_NV = torch.mm(hidden_block_ND, weight_VD.T, out=buffer[: len(hidden_block_ND)])
-        nats_N[rows] = cross_entropy_(logits_NV, targets_N[rows], counts_N[rows], differentiate)
+    piece, block = _rows_at_once(V, hidden_ND.device.type)
+    # Rows lie a multiple of 128 bytes apart, as fast products want them.
+    buffer = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)[:, :V]
+    for first in range(0, N, block):
+        block_ND = hidden_ND[first : first + block]
+        logits_NV = buffer[: len(block_ND)]
+        for start in range(0, len(block_ND), piece):
+            rows = slice(first + start, min(first + start + piece, N))
+            piece_NV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_NV[start : start + piece])
+            nats_N[rows] = cross_entropy_(piece_NV, targets_N[rows], counts_N[rows], differentiate)
         if differentiate:
-            torch.mm(logits_NV, weight_VD, out=grad_hidden_ND[rows])
-            _add_product(grad_weight_VD, logits_NV.T, hidden_block_ND)
+            torch.mm(logits_NV, weight_VD, out=grad_hidden_ND[first : first + block])
+            _add_product(grad_weight_VD, logits_NV.T, block_ND)
     return nats_N.sum(), grad_hidden_ND, grad_weight_VD
+
+
+def _rows_at_once(V: int, device: str) -> tuple[int, int]:
+    """Return the rows of a piece of logits, a multiple of 128 where they are many, and of a block, a multiple of them."""
+    piece = max(1, LOGITS_IN_CACHE[device] // V)
+    piece = piece // 128 * 128 or piece
+    return piece, max(1, LOGITS_AT_ONCE[device] // (V * piece)) * piece
 
 
 def _cross_entropy_(logits_NV: Tensor, targets_N: Tensor, counts_N: Tensor, differentiate: bool) -> Tensor:
