@@ -81,7 +81,7 @@ def _linear_cross_entropy(
 
 
 def _rows_at_once(V: int, device: str) -> tuple[int, int]:
-    """Return the rows of a piece of logits, a multiple of 128 where they are many, and of a block, a multiple of them."""
+    """Return the rows of a piece of logits, a multiple of 128 where they are many, and of a block of pieces."""
     piece = max(1, LOGITS_IN_CACHE[device] // V)
     piece = piece // 128 * 128 or piece
     return piece, max(1, LOGITS_AT_ONCE[device] // (V * piece)) * piece
