@@ -20,14 +20,20 @@ from flash_model.positions import cos_sin
 class PlainGatedAttentionUnit(GatedAttentionUnit):
     """A causal FLASH layer without the op."""
 
-    def forward(self, x: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """Map x (B, T, d_model) to the same shape; T is a multiple of the chunk."""
+    def forward(
+        self, x: Tensor, doc_ids: Tensor | None = None, rotation: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Map x (B, T, d_model) to the same shape, with cosine and sine of the rotary angles, (T, S / 2) each.
+
+        T is a multiple of the chunk.
+        """
         config = self.config
         T, C, S, E = x.shape[1], config.chunk_size, config.qk_dim, config.expanded_dim
         assert doc_ids is None
+        assert rotation is not None
         assert T % C == 0
         u_BTE, v_BTE, z_BTS = F.silu(self.expand(self.norm(x))).split([E, E, S], -1)
-        heads_BTHS = _rotate(z_BTS[:, :, None] * self.gamma + self.beta, config.rope_base, C)
+        heads_BTHS = _rotate(z_BTS[:, :, None] * self.gamma + self.beta, *rotation)
         quad_q, quad_k, lin_q, lin_k = heads_BTHS.unflatten(1, (-1, C)).unbind(3)
         v_BGCE = v_BTE.unflatten(1, (-1, C))
 
@@ -40,11 +46,8 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         return x + self.contract(u_BTE * attended_BGCE.flatten(1, 2))
 
 
-def _rotate(x_BTHS: Tensor, base: float, block: int) -> Tensor:
+def _rotate(x_BTHS: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x1, x2 = x_BTHS.chunk(2, -1)
-    cos, sin = cos_sin(
-        0, x_BTHS.shape[1], x1.shape[-1], base=base, block=block, dtype=accumulation_dtype(x1), device=x1.device
-    )
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat([(x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)], -1)
 
@@ -57,3 +60,27 @@ class PlainFlashLM(FlashLM):
         assert config.architecture == "flash"
         assert config.causal
         self.layers = nn.ModuleList(PlainGatedAttentionUnit(config) for _ in range(config.n_layers))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        loss_mask: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return logits, or with targets the summed loss, as `FlashLM` does."""
+        config, x = self.config, self.embedding(tokens)
+        rotation = cos_sin(
+            0,
+            tokens.shape[1],
+            config.qk_dim // 2,
+            base=config.rope_base,
+            block=config.chunk_size,
+            dtype=accumulation_dtype(x),
+            device=x.device,
+        )
+        if self.positions is not None:
+            x = self.positions(x)
+        for layer in self.layers:
+            x = layer(x, doc_ids, rotation)
+        return self.head(x, targets, loss_mask)

@@ -27,6 +27,15 @@ def cos_sin(
 
     `block` is the length of the offset table: only length/block + block angles are evaluated for each frequency.
     """
+    return torch.ops.flash_model.cos_sin(start, length, half, base, block, dtype, device or torch.device("cpu"))
+
+
+# An op, so that the compiler takes the tables as they are: it would fuse the float64 powers, sines and cosines into
+# whatever reads them, and evaluate them again for every element of a batch.
+@torch.library.custom_op("flash_model::cos_sin", mutates_args=())
+def _cos_sin(
+    start: int, length: int, half: int, base: float, block: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     frequency = frequencies(half, base, device)
     starts = start + block * torch.arange(-(-length // block), dtype=torch.float64, device=device)
     offsets = torch.arange(block, dtype=torch.float64, device=device)
@@ -35,7 +44,15 @@ def cos_sin(
     offset_cos, offset_sin = offset_angle.cos().to(dtype), offset_angle.sin().to(dtype)
     cos = start_cos * offset_cos - start_sin * offset_sin
     sin = start_sin * offset_cos + start_cos * offset_sin
-    return cos.reshape(-1, half)[:length], sin.reshape(-1, half)[:length]
+    return cos.reshape(-1, half)[:length].clone(), sin.reshape(-1, half)[:length].clone()
+
+
+@_cos_sin.register_fake
+def _(
+    start: int, length: int, half: int, base: float, block: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    cos = torch.empty(length, half, dtype=dtype, device=device)
+    return cos, torch.empty_like(cos)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
