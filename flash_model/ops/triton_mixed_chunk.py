@@ -16,7 +16,13 @@ import triton
 from torch import Tensor
 
 from flash_model.ops.reference import Inputs
-from flash_model.ops.triton_mixed_chunk_heads import diagonals_kernel, heads_backward_kernel, heads_kernel
+from flash_model.ops.triton_mixed_chunk_heads import (
+    column_sums_kernel,
+    diagonals_kernel,
+    heads_backward_kernel,
+    heads_kernel,
+    scores_kernel,
+)
 from flash_model.ops.triton_mixed_chunk_products import (
     chunk_sums_kernel,
     contractions_kernel,
@@ -34,17 +40,20 @@ class Launch(NamedTuple):
     blocks: dict[str, int]
     num_warps: int
     num_stages: int = 1
+    registers: int | None = None  # the most that a thread may have: fewer registers, more programs at a time
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the launch."""
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 # Chosen once, by timing on an H100, never at run time: the bits of a run do not depend on a race between candidates.
 # BLOCK_E and BLOCK_L are upper bounds: 64 where E or L is no multiple of 128.
 LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
     torch.bfloat16: {
-        "heads": Launch({"ROWS": 64, "KEYS": 64}, 4),
+        "heads": Launch({"ROWS": 32}, 4),
+        "scores": Launch({"ROWS": 128}, 8),
         "chunk_sums": Launch({"BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 4),
         "scan": Launch({"BLOCK": 512, "AHEAD": 8}, 4),
         "output": Launch({"ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8),
@@ -54,7 +63,8 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "heads_backward": Launch({"ROWS": 64, "OTHERS": 64}, 4),
     },
     torch.float32: {
-        "heads": Launch({"ROWS": 64, "KEYS": 64}, 8),
+        "heads": Launch({"ROWS": 32}, 4),
+        "scores": Launch({"ROWS": 64}, 8),
         "chunk_sums": Launch({"BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
         "scan": Launch({"BLOCK": 512, "AHEAD": 8}, 4),
         "output": Launch({"ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
@@ -130,6 +140,11 @@ class _Call:
                 blocks[block] //= 2
         return launch._replace(blocks=blocks)
 
+    def block_pairs(self, launch: Launch) -> int:
+        """How many blocks of scores a chunk has."""
+        blocks = self.C // launch.blocks["ROWS"]
+        return blocks * (blocks + 1) // 2 if self.inputs.causal else blocks * blocks
+
     @property
     def uvz_strides(self) -> tuple[int, int]:
         return self.inputs.uvz.stride(0), self.inputs.uvz.stride(1)
@@ -157,24 +172,43 @@ class _Call:
 
 
 class _Heads(NamedTuple):
-    quad_q: Tensor | None  # (N, C, S)
-    quad_k: Tensor | None
-    lin_q: Tensor  # (N, C, L), with the weights of reading and writing
-    lin_k: Tensor
-    weights: Tensor  # (N, C, C)
+    """The four heads, linear ones with the weights of reading and writing.
+
+    Beside lin_q (forward) or lin_k (backward) stand the scores' weights, so that products with both are one.
+    """
+
+    quad_q: Tensor  # (N, C, S)
+    quad_k: Tensor
+    own_q: Tensor | None  # (N, C, S), only where own chunks are read linearly
+    own_k: Tensor | None
+    queries: Tensor  # (N, C, L + C): lin_q, weights; backward (N, C, L): lin_q
+    keys: Tensor  # (N, C, L): lin_k; backward (N, C, C + L): weightsᵀ, lin_k
+    relu: Tensor | None  # (N, C, C), only where own chunks are read linearly
 
 
-def _make_heads(call: _Call, *, keep_quad: bool) -> _Heads:
-    N, C, S, L = call.N, call.C, call.S, call.L
-    quad_q, quad_k = (call.new(N, C, S), call.new(N, C, S)) if keep_quad else (None, None)
-    heads = _Heads(quad_q, quad_k, call.new(N, C, L), call.new(N, C, L), call.new(N, C, C))
+def _make_heads(call: _Call, *, backward: bool) -> _Heads:
+    inputs, N, C, S, L = call.inputs, call.N, call.C, call.S, call.L
+    own_q, own_k, relu = (call.new(N, C, S), call.new(N, C, S), call.new(N, C, C)) if call.two else (None,) * 3
+    queries, keys = call.new(N, C, L if backward else L + C), call.new(N, C, C + L if backward else L)
+    heads = _Heads(call.new(N, C, S), call.new(N, C, S), own_q, own_k, queries, keys, relu)
     launch = call.launch("heads")
-    inputs = call.inputs
     heads_kernel[(C // launch.blocks["ROWS"], N)](
-        inputs.uvz, inputs.gamma, inputs.beta, inputs.bias, *call.head_arguments(), *heads, call.T, call.G,
-        *call.uvz_strides, **call.head_constants(), KEEP_QUAD=keep_quad, **launch.options(),
+        inputs.uvz, inputs.gamma, inputs.beta, *call.head_arguments(), *heads[:4], queries,
+        keys[..., C:] if backward else keys, call.T, call.G, *call.uvz_strides, **call.head_constants(),
+        WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], **launch.options(),
+    )  # fmt: skip
+    launch = call.launch("scores")
+    scores_kernel[(call.block_pairs(launch), N)](
+        inputs.bias, inputs.doc_ids, *heads[:4], keys if backward else queries[..., L:], relu, call.T, call.G,
+        S=S, C=C, CAUSAL=inputs.causal, DOCS=call.docs, TRANSPOSED=backward, WIDTH=L + C, **launch.options(),
     )  # fmt: skip
     return heads
+
+
+def _column_sums(partial: Tensor) -> Tensor:
+    sums = partial.new_empty(partial.shape[1])
+    column_sums_kernel[(triton.cdiv(len(sums), 32),)](partial, sums, *partial.shape, COLUMNS=32, ROWS=64, num_warps=8)
+    return sums
 
 
 def _scan(
@@ -208,20 +242,20 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     """
     call = _Call.of(inputs)
     inputs = call.inputs
-    heads = _make_heads(call, keep_quad=False)
+    heads = _make_heads(call, backward=False)
     sums = call.new(call.B, call.G, call.L, call.E)
     sizes = (call.T, call.G, *call.uvz_strides)
     launch = call.launch("chunk_sums")
     tiles = call.E // launch.blocks["BLOCK_E"] * (call.L // launch.blocks["BLOCK_L"])
     chunk_sums_kernel[(tiles, call.N)](
-        inputs.uvz, heads.lin_k, sums, *sizes, E=call.E, L=call.L, C=call.C, WHOLE=call.whole, **launch.options()
+        inputs.uvz, heads.keys, sums, *sizes, E=call.E, L=call.L, C=call.C, WHOLE=call.whole, **launch.options()
     )
     states, left, left_count = _scan(call, sums, inputs.state_sum, adjoint=False, leave=return_state)
     out = call.new(call.B, call.T, call.E)
     launch = call.launch("output")
     tiles = call.E // launch.blocks["BLOCK_E"] * (call.C // launch.blocks["ROWS"])
     output_kernel[(tiles, call.N)](
-        inputs.uvz, heads.weights, heads.lin_q, states, out, *sizes, *call.state_strides(states),
+        inputs.uvz, heads.queries, states, out, *sizes, *call.state_strides(states),
         E=call.E, L=call.L, C=call.C, CAUSAL=inputs.causal, WHOLE=call.whole, **launch.options(),
     )  # fmt: skip
     left_doc_id = call.new(0, dtype=torch.int64)
@@ -245,14 +279,14 @@ def backward(
     grad_out, out = grad_out.contiguous(), out.contiguous()
     sizes = (T, call.G, *call.uvz_strides)
     extents = {"E": E, "S": S, "L": L, "C": C, "WHOLE": call.whole}
-    heads = _make_heads(call, keep_quad=True)
+    heads = _make_heads(call, backward=True)
     grad_uvz = call.new(B, T, 2 * E + S)
 
     launch = call.launch("gate_backward")
     grad_attended, grad_states = call.new(N, C, E), call.new(B, call.G, L, E)
     u_sums = call.new(N, E, dtype=torch.float32)
     gate_backward_kernel[(E // launch.blocks["BLOCK_E"] * (L // launch.blocks["BLOCK_L"]), N)](
-        inputs.uvz, out, grad_out, heads.lin_q, grad_uvz, grad_attended, grad_states, u_sums, *sizes,
+        inputs.uvz, out, grad_out, heads.queries, grad_uvz, grad_attended, grad_states, u_sums, *sizes,
         **extents, **launch.options(),
     )  # fmt: skip
     has_state = inputs.state_sum is not None
@@ -262,17 +296,16 @@ def backward(
     blocks = C // launch.blocks["ROWS"]
     v_sums = call.new(N * blocks, E, dtype=torch.float32)
     values_backward_kernel[(E // launch.blocks["BLOCK_E"] * blocks, N)](
-        inputs.uvz, heads.weights, grad_attended, heads.lin_k, grad_sums, grad_uvz, v_sums,
+        inputs.uvz, heads.keys, grad_attended, grad_sums, grad_uvz, v_sums,
         *sizes, *call.state_strides(grad_sums), CAUSAL=inputs.causal, **extents, **launch.options(),
     )  # fmt: skip
 
     launch = call.launch("contractions")
-    blocks = C // launch.blocks["ROWS"]
-    pairs = blocks * (blocks + 1) // 2 if inputs.causal else blocks * blocks
+    roles = call.block_pairs(launch) + 2 * (C // launch.blocks["ROWS"]) * (L // launch.blocks["BLOCK_L"])
     grad_scores, grad_weights = call.new(N, C, C), call.new(N, C, C) if call.two else None
     grad_lin_q, grad_lin_k = call.new(N, C, L), call.new(N, C, L)
-    contractions_kernel[(pairs + 2 * blocks * (L // launch.blocks["BLOCK_L"]), N)](
-        inputs.uvz, inputs.bias, inputs.doc_ids, heads.quad_q, heads.quad_k, grad_attended, states, grad_sums,
+    contractions_kernel[(roles, N)](
+        inputs.uvz, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_sums,
         grad_scores, grad_weights, grad_lin_q, grad_lin_k, *sizes, *call.state_strides(states),
         CAUSAL=inputs.causal, DOCS=call.docs, **extents, **launch.options(),
     )  # fmt: skip
@@ -281,7 +314,7 @@ def backward(
     blocks = C // launch.blocks["ROWS"]
     partial = call.new(N * blocks, 9, S, dtype=torch.float32)
     heads_backward_kernel[(blocks, N)](
-        inputs.uvz, inputs.gamma, inputs.beta, *call.head_arguments(), heads.quad_q, heads.quad_k,
+        inputs.uvz, inputs.gamma, *call.head_arguments(), *heads[:4],
         grad_scores, grad_weights, grad_lin_q, grad_lin_k, grad_uvz, partial, T, call.G,
         *call.uvz_strides, **call.head_constants(), **launch.options(),
     )  # fmt: skip
@@ -289,12 +322,12 @@ def backward(
     diagonals_kernel[(2 * C - 1,)](
         grad_scores.view(N, C * C).sum(0, dtype=torch.float32), grad_bias, C=C, CAUSAL=inputs.causal
     )
-    sums = partial.sum(0)
+    sums = _column_sums(partial.view(-1, 9 * S)).view(9, S)
     return (
         grad_uvz,
         sums[:4].to(inputs.gamma.dtype, copy=True),
         sums[4:8].to(inputs.beta.dtype, copy=True),
         grad_bias.to(inputs.bias.dtype),
         grad_state if inputs.state_sum is None else grad_state.to(inputs.state_sum.dtype),
-        torch.cat([u_sums.sum(0), v_sums.sum(0), sums[8]]),
+        torch.cat([_column_sums(u_sums), _column_sums(v_sums), sums[8]]),
     )

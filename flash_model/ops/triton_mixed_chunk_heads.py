@@ -62,39 +62,35 @@ def _reading(  # type: ignore[no-untyped-def]
     and only its last is carried on; the other way round from behind.
     """
     ones = tl.full(t.shape, 1.0, tl.float32)
-    if not CAUSAL and not DOCS:
-        return ones / G, ones * 0.0, ones * 0.0, ones / C, ones * 0.0
-    doc = _document(doc_ptr, b, t, T, DOCS)
-    last = _document(doc_ptr, b, g * C + C - 1, T, DOCS)
-    before = _document(doc_ptr, b, tl.maximum(g * C - 1, 0), T, DOCS)
-    if DOCS:
+    read_past, read_future, own, write_past, write_future = ones / G, ones * 0.0, ones * 0.0, ones / C, ones * 0.0
+    if CAUSAL or DOCS:
+        doc = _document(doc_ptr, b, t, T, DOCS)
+        before = _document(doc_ptr, b, tl.maximum(g * C - 1, 0), T, DOCS)
         other = tl.arange(0, G2)
-        ends = _document(doc_ptr, b, other * C + C - 1, T, DOCS)
-        past = tl.sum(((other < g) & (ends == before)).to(tl.int32), 0)
-    else:
-        past = g
-    if HAS_STATE:
-        state_doc = tl.load(state_doc_ptr + b)
-        continues = (g == 0) | (_document(doc_ptr, b, g * 0 + C - 1, T, DOCS) == state_doc)
-        before = tl.where(g == 0, state_doc, before)
-        past += tl.where(continues & (before == state_doc), tl.load(state_count_ptr + b), 0).to(tl.int32)
-    past = tl.where(doc == before, past, 0).to(tl.float32)
-    write_past = tl.where(doc == last, ones / C, 0.0)
-    if CAUSAL:
-        return tl.where(past > 0, 1.0 / tl.maximum(past, 1.0), 0.0), ones * 0.0, ones * 0.0, write_past, ones * 0.0
-    first = _document(doc_ptr, b, g * C, T, DOCS)
-    behind = _document(doc_ptr, b, tl.minimum(g + 1, G - 1) * C, T, DOCS)
-    begins = _document(doc_ptr, b, tl.minimum(other, G - 1) * C, T, DOCS)
-    future = tl.sum(((other > g) & (other < G) & (begins == behind)).to(tl.int32), 0)
-    future = tl.where(doc == behind, future, 0).to(tl.float32)
-    mean = 1.0 / (1.0 + past + future)
-    return (
-        tl.where(past > 0, mean, 0.0),
-        tl.where(future > 0, mean, 0.0),
-        mean / C,
-        write_past,
-        tl.where(doc == first, ones / C, 0.0),
-    )
+        if DOCS:
+            ends = _document(doc_ptr, b, other * C + C - 1, T, DOCS)
+            past = tl.sum(((other < g) & (ends == before)).to(tl.int32), 0)
+        else:
+            past = g
+        if HAS_STATE:
+            state_doc = tl.load(state_doc_ptr + b)
+            continues = (g == 0) | (_document(doc_ptr, b, g * 0 + C - 1, T, DOCS) == state_doc)
+            before = tl.where(g == 0, state_doc, before)
+            past += tl.where(continues & (before == state_doc), tl.load(state_count_ptr + b), 0).to(tl.int32)
+        past = tl.where(doc == before, past, 0).to(tl.float32)
+        total = past
+        if not CAUSAL:
+            behind = _document(doc_ptr, b, tl.minimum(g + 1, G - 1) * C, T, DOCS)
+            begins = _document(doc_ptr, b, tl.minimum(other, G - 1) * C, T, DOCS)
+            future = tl.sum(((other > g) & (other < G) & (begins == behind)).to(tl.int32), 0)
+            future = tl.where(doc == behind, future, 0).to(tl.float32)
+            total = 1.0 + past + future
+            own = 1.0 / (total * C)
+            read_future = tl.where(future > 0, 1.0 / total, 0.0)
+            write_future = tl.where(doc == _document(doc_ptr, b, g * C, T, DOCS), ones / C, 0.0)
+        read_past = tl.where(past > 0, 1.0 / tl.maximum(total, 1.0), 0.0)
+        write_past = tl.where(doc == _document(doc_ptr, b, g * C + C - 1, T, DOCS), ones / C, 0.0)
+    return read_past, read_future, own, write_past, write_future
 
 
 @triton.jit
@@ -109,44 +105,26 @@ def _load_pair(ptr, mask, H: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scores(
-    q1, q2, k1, k2, bias_ptr, row, key, doc, key_doc, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """relu(q kᵀ / C + bias) of queries (rows) on keys, 0 where a query may not read, and where it may."""
-    scores = dot(q2, tl.trans(k2), dot(q1, tl.trans(k1), tl.zeros([row.shape[0], key.shape[0]], tl.float32)))
-    scores = scores / C + tl.load(bias_ptr + (key[None, :] - row[:, None] + C - 1)).to(tl.float32)
-    allowed = (key[None, :] >= 0) & (row[:, None] >= 0)
-    if CAUSAL:
-        allowed = allowed & (key[None, :] <= row[:, None])
-    if DOCS:
-        allowed = allowed & (key_doc[None, :] == doc[:, None])
-    return tl.where(allowed, tl.maximum(scores, 0.0), 0.0), allowed
-
-
-@triton.jit
 def heads_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, gamma_ptr, beta_ptr, bias_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
-    quad_q_ptr, quad_k_ptr, lin_q_ptr, lin_k_ptr, weights_ptr,
+    uvz_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
+    quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, lin_q_ptr, lin_k_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr,
-    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, KEEP_QUAD: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """z → quad_q, quad_k (N, C, S; only with KEEP_QUAD), lin_q, lin_k (N, C, L) with their weights, weights (N, C, C).
+    """z → quad_q, quad_k (N, C, S), and with their weights lin_q, lin_k: L columns of rows of WIDTH_Q and WIDTH_K.
 
-    Blocks of weights above the diagonal stay unwritten, in units of 128. Grid: (C / ROWS, N).
+    Where own chunks are read linearly, own_q and own_k (N, C, S) are that product's factors. Grid: (C / ROWS, N).
     """
     H: tl.constexpr = S // 2
     TWO: tl.constexpr = DOCS and not CAUSAL
-    L: tl.constexpr = 2 * S if TWO else S
     n = tl.program_id(1)
     b, g = n // G, n % G
-    dtype = lin_q_ptr.dtype.element_ty
     pair = tl.arange(0, H2)
     present = pair < H
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = g * C + row
-    doc = _document(doc_ptr, b, t, T, DOCS)
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
@@ -154,51 +132,165 @@ def heads_kernel(  # type: ignore[no-untyped-def]
     a1, a2 = silu(z1), silu(z2)
     cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     mask = (row < C)[:, None] & present[None, :]
-    place = n.to(tl.int64) * C * S + row[:, None] * S + pair[None, :]
-    place_lin = n.to(tl.int64) * C * L + row[:, None] * L + pair[None, :]
+    place = (n.to(tl.int64) * C + row)[:, None] * S + pair[None, :]
+    place_q = (n.to(tl.int64) * C + row)[:, None] * WIDTH_Q + pair[None, :]
+    place_k = (n.to(tl.int64) * C + row)[:, None] * WIDTH_K + pair[None, :]
 
-    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
-    _store_pair(lin_k_ptr + place_lin, x1 * write_past[:, None], x2 * write_past[:, None], mask, H)
-    if TWO:
-        _store_pair(lin_k_ptr + place_lin + S, x1 * write_future[:, None], x2 * write_future[:, None], mask, H)
+    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 0, pair, present, cos, sin, S)
+    _store_pair(quad_q_ptr + place, x1, x2, mask, H)
+    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
+    _store_pair(quad_k_ptr + place, x1, x2, mask, H)
     x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 2, pair, present, cos, sin, S)
-    _store_pair(lin_q_ptr + place_lin, x1 * read_past[:, None], x2 * read_past[:, None], mask, H)
+    _store_pair(lin_q_ptr + place_q, x1 * read_past[:, None], x2 * read_past[:, None], mask, H)
     if TWO:
-        _store_pair(lin_q_ptr + place_lin + S, x1 * read_future[:, None], x2 * read_future[:, None], mask, H)
-        own_q1, own_q2 = (x1 * own[:, None]).to(dtype), (x2 * own[:, None]).to(dtype)
-    if KEEP_QUAD:
-        x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
-        _store_pair(quad_k_ptr + place, x1, x2, mask, H)
-    q1, q2 = _head(a1, a2, gamma_ptr, beta_ptr, 0, pair, present, cos, sin, S)
-    q1, q2 = q1.to(dtype), q2.to(dtype)
-    if KEEP_QUAD:
-        _store_pair(quad_q_ptr + place, q1, q2, mask, H)
+        _store_pair(lin_q_ptr + place_q + S, x1 * read_future[:, None], x2 * read_future[:, None], mask, H)
+        _store_pair(own_q_ptr + place, x1 * own[:, None], x2 * own[:, None], mask, H)
+    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
+    _store_pair(lin_k_ptr + place_k, x1 * write_past[:, None], x2 * write_past[:, None], mask, H)
+    if TWO:
+        _store_pair(lin_k_ptr + place_k + S, x1 * write_future[:, None], x2 * write_future[:, None], mask, H)
+        _store_pair(own_k_ptr + place, x1, x2, mask, H)
 
-    end = C
+
+@triton.jit
+def scores_kernel(  # type: ignore[no-untyped-def]
+    bias_ptr, doc_ptr, quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, weights_ptr, relu_ptr, T, G,
+    S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """weights: relu(quad_q quad_kᵀ / C + bias)², with own_q own_kᵀ where own chunks are read linearly.
+
+    C columns, keys (TRANSPOSED: queries), of rows of WIDTH, queries (keys). relu (N, C, C), in the same order, is
+    written only with own_q. Blocks above the diagonal stay unwritten, in units of ROWS. Grid: (block pairs, N).
+    """
+    TWO: tl.constexpr = DOCS and not CAUSAL
+    BLOCKS: tl.constexpr = C // ROWS
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    query_block, key_block = pair_of_blocks(tl.program_id(0), BLOCKS, CAUSAL)
+    query, key = query_block * ROWS + tl.arange(0, ROWS), key_block * ROWS + tl.arange(0, ROWS)
+    if TRANSPOSED:
+        row, column = key, query
+    else:
+        row, column = query, key
+    chunk = n.to(tl.int64) * C
+    allowed = row[:, None] + column[None, :] >= 0
     if CAUSAL:
-        end = tl.cdiv((tl.program_id(0) + 1) * ROWS, 128) * 128
-    for first_key in range(0, end, KEYS):
-        key = first_key + tl.arange(0, KEYS)
-        t_key = g * C + key
-        z1, z2 = _load_z(uvz_ptr, b, t_key, T, stride_b, stride_t, pair, present, E, H)
-        a1, a2 = silu(z1), silu(z2)
-        cos, sin = _angles(starts_ptr, offsets_ptr, g, key, pair, present, H)
-        k1, k2 = _head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
-        key_doc = _document(doc_ptr, b, t_key, T, DOCS)
-        relu, allowed = _scores(q1, q2, k1.to(dtype), k2.to(dtype), bias_ptr, row, key, doc, key_doc, C, CAUSAL, DOCS)
-        weights = relu * relu
-        if TWO:
-            k1, k2 = _head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
-            linear = dot(own_q1, tl.trans(k1.to(dtype)), tl.zeros([ROWS, KEYS], tl.float32))
-            weights += tl.where(allowed, dot(own_q2, tl.trans(k2.to(dtype)), linear), 0.0)
-        place_weights = weights_ptr + n.to(tl.int64) * C * C + row[:, None] * C + key[None, :]
-        tl.store(place_weights, weights.to(dtype))
+        if TRANSPOSED:
+            allowed = row[:, None] <= column[None, :]
+        else:
+            allowed = row[:, None] >= column[None, :]
+    if DOCS:
+        row_doc = _document(doc_ptr, b, g * C + row, T, DOCS)
+        allowed = allowed & (row_doc[:, None] == _document(doc_ptr, b, g * C + column, T, DOCS)[None, :])
+    if TRANSPOSED:
+        scores = _product(quad_k_ptr, quad_q_ptr, chunk + row, chunk + column, S)
+        bias = tl.load(bias_ptr + (row[:, None] - column[None, :] + C - 1)).to(tl.float32)
+    else:
+        scores = _product(quad_q_ptr, quad_k_ptr, chunk + row, chunk + column, S)
+        bias = tl.load(bias_ptr + (column[None, :] - row[:, None] + C - 1)).to(tl.float32)
+    relu = tl.where(allowed, tl.maximum(scores / C + bias, 0.0), 0.0)
+    weights = relu * relu
+    if TWO:
+        tl.store(relu_ptr + (chunk + row)[:, None] * C + column[None, :], relu.to(relu_ptr.dtype.element_ty))
+        if TRANSPOSED:
+            linear = _product(own_k_ptr, own_q_ptr, chunk + row, chunk + column, S)
+        else:
+            linear = _product(own_q_ptr, own_k_ptr, chunk + row, chunk + column, S)
+        weights += tl.where(allowed, linear, 0.0)
+    place = weights_ptr + (chunk + row)[:, None] * WIDTH + column[None, :]
+    tl.store(place, weights.to(weights_ptr.dtype.element_ty))
+
+
+@triton.jit
+def pair_of_blocks(index, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The query's and the key's block of the index-th pair; causal ones only where the query may read the key."""
+    if CAUSAL:
+        query_block = index * 0
+        for later in tl.static_range(1, BLOCKS):
+            query_block = tl.where(index >= later * (later + 1) // 2, later, query_block)
+        return query_block, index - query_block * (query_block + 1) // 2
+    else:  # noqa: RET505
+        return index // BLOCKS, index % BLOCKS
+
+
+@triton.jit
+def _product(a_ptr, b_ptr, a_row, b_row, S: tl.constexpr):  # type: ignore[no-untyped-def]
+    """a · bᵀ of rows of two (…, S) tensors."""
+    acc = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
+    for first in tl.static_range(0, S, 64):
+        feature = first + tl.arange(0, 64)
+        a = tl.load(a_ptr + a_row[:, None] * S + feature[None, :])
+        acc = dot(a, tl.trans(tl.load(b_ptr + b_row[:, None] * S + feature[None, :])), acc)
+    return acc
+
+
+@triton.jit
+def _add4(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _head_backward(  # type: ignore[no-untyped-def]
+    x1, x2, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t, pair, present,
+    head: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one rotated head → that of the activation; its sums over the rows, gamma's and beta's, are stored.
+
+    Angles and z are loaded here again for every head: held, they would cost the registers of four blocks.
+    """
+    H: tl.constexpr = S // 2
+    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
+    x1, x2 = rotate(x1, x2, cos, -sin)
+    z1, z2 = _load_z(uvz_ptr, b, g * C + row, T, stride_b, stride_t, pair, present, E, H)
+    gamma_sum1, gamma_sum2, beta_sum1, beta_sum2 = tl.reduce((x1 * silu(z1), x2 * silu(z2), x1, x2), 0, _add4)
+    tl.store(partial + head * S, gamma_sum1, mask=present)
+    tl.store(partial + head * S + H, gamma_sum2, mask=present)
+    tl.store(partial + (4 + head) * S, beta_sum1, mask=present)
+    tl.store(partial + (4 + head) * S + H, beta_sum2, mask=present)
+    gamma1 = tl.load(gamma_ptr + head * S + pair, mask=present, other=0.0).to(tl.float32)
+    gamma2 = tl.load(gamma_ptr + head * S + H + pair, mask=present, other=0.0).to(tl.float32)
+    return x1 * gamma1[None, :], x2 * gamma2[None, :]
+
+
+@triton.jit
+def _by_key(
+    grad_ptr, k_ptr, chunk, row, first, end, pair, present, S: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Σ over keys of gradᵀ · k for the queries `row`, as two halves; grad is (C keys, C queries) of a chunk."""
+    x1 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
+    x2 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
+    for start in range(first, end, STEP):
+        key = start + tl.arange(0, STEP)
+        k1, k2 = _load_pair(
+            k_ptr + (chunk + key)[:, None] * S + pair[None, :], present[None, :] & (key < C)[:, None], S // 2
+        )
+        grad = tl.trans(tl.load(grad_ptr + (chunk + key)[:, None] * C + row[None, :]))
+        x1, x2 = dot(grad, k1, x1), dot(grad, k2, x2)
+    return x1, x2
+
+
+@triton.jit
+def _by_query(
+    grad_ptr, q_ptr, chunk, row, first, end, pair, present, S: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Σ over queries of grad · q for the keys `row`, as two halves."""
+    x1 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
+    x2 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
+    for start in range(first, end, STEP):
+        query = start + tl.arange(0, STEP)
+        q1, q2 = _load_pair(
+            q_ptr + (chunk + query)[:, None] * S + pair[None, :], present[None, :] & (query < C)[:, None], S // 2
+        )
+        grad = tl.load(grad_ptr + (chunk + row)[:, None] * C + query[None, :])
+        x1, x2 = dot(grad, q1, x1), dot(grad, q2, x2)
+    return x1, x2
 
 
 @triton.jit
 def heads_backward_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
-    quad_q_ptr, quad_k_ptr, grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
+    uvz_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
+    quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr,
@@ -215,7 +307,6 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
     L: tl.constexpr = 2 * S if TWO else S
     n = tl.program_id(1)
     b, g = n // G, n % G
-    dtype = quad_q_ptr.dtype.element_ty
     pair = tl.arange(0, H2)
     present = pair < H
     first_row = tl.program_id(0) * ROWS
@@ -224,94 +315,72 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
-    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
+    partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
     chunk = n.to(tl.int64) * C
-    place_lin = chunk * L + row[:, None] * L + pair[None, :]
+    place_lin = (chunk + row)[:, None] * L + pair[None, :]
     here = present[None, :] & (row < C)[:, None]
-    zeros = tl.zeros([ROWS, H2], tl.float32)
-
-    lin_q1, lin_q2 = _load_pair(grad_lin_q_ptr + place_lin, here, H)
-    lin_k1, lin_k2 = _load_pair(grad_lin_k_ptr + place_lin, here, H)
-    lin_q1, lin_q2 = lin_q1 * read_past[:, None], lin_q2 * read_past[:, None]
-    lin_k1, lin_k2 = lin_k1 * write_past[:, None], lin_k2 * write_past[:, None]
-    if TWO:
-        x1, x2 = _load_pair(grad_lin_q_ptr + place_lin + S, here, H)
-        lin_q1, lin_q2 = lin_q1 + x1 * read_future[:, None], lin_q2 + x2 * read_future[:, None]
-        x1, x2 = _load_pair(grad_lin_k_ptr + place_lin + S, here, H)
-        lin_k1, lin_k2 = lin_k1 + x1 * write_future[:, None], lin_k2 + x2 * write_future[:, None]
-
-    quad_q1, quad_q2 = zeros, zeros
-    own_q1, own_q2 = zeros, zeros
     end = C
-    if CAUSAL:
-        end = first_row + ROWS
-    for first in range(0, end, OTHERS):
-        key = first + tl.arange(0, OTHERS)
-        k1, k2 = _load_pair(
-            quad_k_ptr + chunk * S + key[:, None] * S + pair[None, :], present[None, :] & (key < C)[:, None], H
-        )
-        place = chunk * C + key[:, None] * C + row[None, :]
-        grad = tl.trans(tl.load(grad_scores_ptr + place))
-        quad_q1, quad_q2 = dot(grad, k1, quad_q1), dot(grad, k2, quad_q2)
-        if TWO:
-            z1, z2 = _load_z(uvz_ptr, b, g * C + key, T, stride_b, stride_t, pair, present, E, H)
-            key_cos, key_sin = _angles(starts_ptr, offsets_ptr, g, key, pair, present, H)
-            k1, k2 = _head(silu(z1), silu(z2), gamma_ptr, beta_ptr, 3, pair, present, key_cos, key_sin, S)
-            grad = tl.trans(tl.load(grad_weights_ptr + place))
-            own_q1, own_q2 = dot(grad, k1.to(dtype), own_q1), dot(grad, k2.to(dtype), own_q2)
-    lin_q1, lin_q2 = lin_q1 + own_q1 * own[:, None], lin_q2 + own_q2 * own[:, None]
-
-    quad_k1, quad_k2 = zeros, zeros
     start = 0
     if CAUSAL:
+        end = first_row + ROWS
         start = first_row // OTHERS * OTHERS
-    for first in range(start, C, OTHERS):
-        query = first + tl.arange(0, OTHERS)
-        q1, q2 = _load_pair(
-            quad_q_ptr + chunk * S + query[:, None] * S + pair[None, :], present[None, :] & (query < C)[:, None], H
-        )
-        place = chunk * C + row[:, None] * C + query[None, :]
-        grad = tl.load(grad_scores_ptr + place)
-        quad_k1, quad_k2 = dot(grad, q1, quad_k1), dot(grad, q2, quad_k2)
-        if TWO:
-            t_query = g * C + query
-            z1, z2 = _load_z(uvz_ptr, b, t_query, T, stride_b, stride_t, pair, present, E, H)
-            query_cos, query_sin = _angles(starts_ptr, offsets_ptr, g, query, pair, present, H)
-            q1, q2 = _head(silu(z1), silu(z2), gamma_ptr, beta_ptr, 2, pair, present, query_cos, query_sin, S)
-            _, _, query_own, _, _ = _reading(
-                doc_ptr, state_count_ptr, state_doc_ptr, b, g, t_query, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
-            )
-            grad = tl.load(grad_weights_ptr + place)
-            lin_k1 = dot(grad, (q1 * query_own[:, None]).to(dtype), lin_k1)
-            lin_k2 = dot(grad, (q2 * query_own[:, None]).to(dtype), lin_k2)
+
+    # One head after the other, so that few blocks are alive at a time.
+    x1, x2 = _by_key(grad_scores_ptr, quad_k_ptr, chunk, row, 0, end, pair, present, S, C, OTHERS)
+    grad_a1, grad_a2 = _head_backward(
+        x1 / C, x2 / C, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
+        pair, present, 0, E, S, C,
+    )  # fmt: skip
+    x1, x2 = _by_query(grad_scores_ptr, quad_q_ptr, chunk, row, start, C, pair, present, S, C, OTHERS)
+    x1, x2 = _head_backward(
+        x1 / C, x2 / C, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
+        pair, present, 1, E, S, C,
+    )  # fmt: skip
+    grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
+
+    x1, x2 = _load_pair(grad_lin_q_ptr + place_lin, here, H)
+    x1, x2 = x1 * read_past[:, None], x2 * read_past[:, None]
+    if TWO:
+        y1, y2 = _load_pair(grad_lin_q_ptr + place_lin + S, here, H)
+        x1, x2 = x1 + y1 * read_future[:, None], x2 + y2 * read_future[:, None]
+        y1, y2 = _by_key(grad_weights_ptr, own_k_ptr, chunk, row, 0, C, pair, present, S, C, OTHERS)
+        x1, x2 = x1 + y1 * own[:, None], x2 + y2 * own[:, None]
+    x1, x2 = _head_backward(
+        x1, x2, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
+        pair, present, 2, E, S, C,
+    )  # fmt: skip
+    grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
+
+    x1, x2 = _load_pair(grad_lin_k_ptr + place_lin, here, H)
+    x1, x2 = x1 * write_past[:, None], x2 * write_past[:, None]
+    if TWO:
+        y1, y2 = _load_pair(grad_lin_k_ptr + place_lin + S, here, H)
+        x1, x2 = x1 + y1 * write_future[:, None], x2 + y2 * write_future[:, None]
+        y1, y2 = _by_query(grad_weights_ptr, own_q_ptr, chunk, row, 0, C, pair, present, S, C, OTHERS)
+        x1, x2 = x1 + y1, x2 + y2
+    x1, x2 = _head_backward(
+        x1, x2, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
+        pair, present, 3, E, S, C,
+    )  # fmt: skip
 
     z1, z2 = _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
-    a1, a2 = silu(z1), silu(z2)
-    grad_a1, grad_a2 = zeros, zeros
-    partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
-    for head in tl.static_range(4):
-        if head == 0:
-            x1, x2 = quad_q1 / C, quad_q2 / C
-        elif head == 1:
-            x1, x2 = quad_k1 / C, quad_k2 / C
-        elif head == 2:
-            x1, x2 = lin_q1, lin_q2
-        else:
-            x1, x2 = lin_k1, lin_k2
-        x1, x2 = rotate(x1, x2, cos, -sin)
-        gamma1 = tl.load(gamma_ptr + head * S + pair, mask=present, other=0.0).to(tl.float32)
-        gamma2 = tl.load(gamma_ptr + head * S + H + pair, mask=present, other=0.0).to(tl.float32)
-        grad_a1 += x1 * gamma1[None, :]
-        grad_a2 += x2 * gamma2[None, :]
-        tl.store(partial + head * S, tl.sum(x1 * a1, 0), mask=present)
-        tl.store(partial + head * S + H, tl.sum(x2 * a2, 0), mask=present)
-        tl.store(partial + (4 + head) * S, tl.sum(x1, 0), mask=present)
-        tl.store(partial + (4 + head) * S + H, tl.sum(x2, 0), mask=present)
-    grad_z1, grad_z2 = grad_a1 * silu_derivative(z1), grad_a2 * silu_derivative(z2)
+    grad_z1, grad_z2 = (grad_a1 + x1) * silu_derivative(z1), (grad_a2 + x2) * silu_derivative(z2)
     tl.store(partial + 8 * S, tl.sum(grad_z1, 0), mask=present)
     tl.store(partial + 8 * S + H, tl.sum(grad_z2, 0), mask=present)
     grad_z = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * (2 * E + S) + 2 * E + pair[None, :]
     _store_pair(grad_uvz_ptr + grad_z, grad_z1, grad_z2, (t < T)[:, None] & present[None, :], H)
+
+
+@triton.jit
+def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sums (columns,) of partial (rows, columns), float32, always in the same order. Grid: (columns / COLUMNS,)."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < rows)[:, None] & (column < columns)[None, :]
+        acc += tl.load(partial_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    tl.store(sums_ptr + column, tl.sum(acc, 0), mask=column < columns)
 
 
 @triton.jit

@@ -9,7 +9,8 @@ weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attend
 import triton
 import triton.language as tl
 
-from flash_model.ops.triton_math import dot, gate_input, sigmoid, silu, silu_derivative
+from flash_model.ops.triton_math import activate, dot, gate_input, sigmoid, silu_derivative
+from flash_model.ops.triton_mixed_chunk_heads import pair_of_blocks
 
 
 @triton.jit
@@ -38,8 +39,7 @@ def chunk_sums_kernel(  # type: ignore[no-untyped-def]
             v = tl.load(values)
         else:
             v = tl.load(values, mask=(g * C + first + step < T)[:, None], other=0.0)
-        k = tl.load(lin_k)
-        acc = dot(k, silu(v).to(k.dtype), acc)
+        acc = dot(tl.load(lin_k), activate(v), acc)
         lin_k += STEP * L
         values += STEP * stride_t
     place = n.to(tl.int64) * L * E + feature[:, None] * E + column[None, :]
@@ -109,51 +109,51 @@ def scan_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def output_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, weights_ptr, lin_q_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+    uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out (B, T, E) = SiLU(u) · (weights V + lin_q state). Grid: (E / BLOCK_E · C / ROWS, N)."""
+    """out (B, T, E) = SiLU(u) · ([lin_q, weights] · [state; V]). Grid: (E / BLOCK_E · C / ROWS, N).
+
+    queries (N, C, L + C) holds lin_q beside weights, so that both products are one loop.
+    """
     n = tl.program_id(1)
     b, g = n // G, n % G
-    # The last rows have the most to do: first.
-    first_row = (C // ROWS - 1 - tl.program_id(0) % (C // ROWS)) * ROWS
+    first_row = tl.program_id(0) % (C // ROWS) * ROWS
     column = tl.program_id(0) // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
     row = first_row + tl.arange(0, ROWS)
     step = tl.arange(0, STEP)
-    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
-
-    lin_q = lin_q_ptr + n.to(tl.int64) * C * L + row[:, None] * L + step[None, :]
-    states = states_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + step[:, None] * E + column[None, :]
-    for _ in tl.range(0, L, STEP, num_stages=STAGES):
-        acc = dot(tl.load(lin_q), tl.load(states), acc)
-        lin_q += STEP
-        states += STEP * E
-
-    end = C
-    if CAUSAL:
-        end = first_row + ROWS
-    weights = weights_ptr + n.to(tl.int64) * C * C + row[:, None] * C + step[None, :]
-    values = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
-    for first in tl.range(0, end, STEP, num_stages=STAGES):
-        if WHOLE:
-            v = tl.load(values)
-        else:
-            v = tl.load(values, mask=(g * C + first + step < T)[:, None], other=0.0)
-        w = tl.load(weights)
-        acc = dot(w, silu(v).to(w.dtype), acc)
-        weights += STEP
-        values += STEP * stride_t
-
     t = g * C + row
     gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
-    place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
     if WHOLE:
-        u = gate_input(tl.load(gates))
-        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty))
+        u = tl.load(gates)
     else:
-        u = gate_input(tl.load(gates, mask=(t < T)[:, None], other=0.0))
-        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty), mask=(t < T)[:, None])
+        u = tl.load(gates, mask=(t < T)[:, None], other=0.0)
+
+    queries = queries_ptr + (n.to(tl.int64) * C + row)[:, None] * (L + C) + step[None, :]
+    states = states_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g
+    values = uvz_ptr + b.to(tl.int64) * stride_b + (g * C).to(tl.int64) * stride_t + E
+    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    end = L + C
+    if CAUSAL:
+        end = L + first_row + ROWS
+    for first in tl.range(0, end, STEP, num_stages=STAGES):
+        from_state = first < L
+        base = tl.where(from_state, states + first * E, values + (first - L) * stride_t)
+        operand = base + step[:, None] * tl.where(from_state, E, stride_t) + column[None, :]
+        if WHOLE:
+            x = tl.load(operand)
+        else:
+            x = tl.load(operand, mask=(g * C + first - L + step < tl.where(from_state, C * G, T))[:, None], other=0.0)
+        acc = dot(tl.load(queries + first), tl.where(from_state, x, activate(x)), acc)
+
+    place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
+    u = gate_input(u)
+    out = (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(out_ptr + place, out)
+    else:
+        tl.store(out_ptr + place, out, mask=(t < T)[:, None])
 
 
 @triton.jit
@@ -180,13 +180,13 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
         t = g * C + first + step
         inside = (t < T)[:, None]
         gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
-        place = _rows(grad_out_ptr, b, t, T * E, E) + column[None, :]
+        upstream = _rows(grad_out_ptr, b, t, T * E, E) + column[None, :]
         if WHOLE:
             u = gate_input(tl.load(gates))
-            grad = tl.load(place).to(tl.float32)
+            grad = tl.load(upstream).to(tl.float32)
         else:
             u = gate_input(tl.load(gates, mask=inside, other=0.0))
-            grad = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(upstream, mask=inside, other=0.0).to(tl.float32)
         s = sigmoid(u)
         q = tl.load(lin_q)
         grad_attended = (grad * u * s).to(q.dtype)
@@ -200,11 +200,11 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
                 attended_gate = tl.load(out, mask=inside, other=0.0).to(tl.float32)
             grad_u = grad * attended_gate * (1.0 / u + 1.0 - s)
             total += tl.sum(grad_u, 0)
-            place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + column[None, :]
+            downstream = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + column[None, :]
             if WHOLE:
-                tl.store(place, grad_u.to(grad_uvz_ptr.dtype.element_ty))
+                tl.store(downstream, grad_u.to(grad_uvz_ptr.dtype.element_ty))
             else:
-                tl.store(place, grad_u.to(grad_uvz_ptr.dtype.element_ty), mask=inside)
+                tl.store(downstream, grad_u.to(grad_uvz_ptr.dtype.element_ty), mask=inside)
             place = n.to(tl.int64) * C * E + (first + step)[:, None] * E + column[None, :]
             tl.store(grad_attended_ptr + place, grad_attended)
     place = n.to(tl.int64) * L * E + feature[:, None] * E + column[None, :]
@@ -215,14 +215,14 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def values_backward_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, weights_ptr, grad_attended_ptr, lin_k_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
+    uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of v = SiLU′(v) · (weightsᵀ grad_attended + lin_k grad_sums). Grid: (E / BLOCK_E · C / ROWS, N).
+    """Gradient of v = SiLU′(v) · ([weightsᵀ, lin_k] · [grad_attended; grad_sums]). Grid: (E / BLOCK_E · C / ROWS, N).
 
-    partial (N, C / ROWS, E): its sums over the rows.
+    keys (N, C, C + L) holds weightsᵀ beside lin_k. partial (N · C / ROWS, E): sums of the gradient over the rows.
     """
     n = tl.program_id(1)
     b, g = n // G, n % G
@@ -230,34 +230,30 @@ def values_backward_kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
     row = first_row + tl.arange(0, ROWS)
     step = tl.arange(0, STEP)
-    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
+    t = g * C + row
+    values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + column[None, :]
+    if WHOLE:
+        v = tl.load(values)
+    else:
+        v = tl.load(values, mask=(t < T)[:, None], other=0.0)
+
     chunk = n.to(tl.int64) * C
-
-    lin_k = lin_k_ptr + chunk * L + row[:, None] * L + step[None, :]
-    sums = grad_sums_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + step[:, None] * E + column[None, :]
-    for _ in tl.range(0, L, STEP, num_stages=STAGES):
-        acc = dot(tl.load(lin_k), tl.load(sums), acc)
-        lin_k += STEP
-        sums += STEP * E
-
+    keys = keys_ptr + (chunk + row)[:, None] * (C + L) + step[None, :]
+    grads = grad_attended_ptr + chunk * E
+    sums = grad_sums_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g
+    acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
     start = 0
     if CAUSAL:
         start = first_row
-    weights = weights_ptr + chunk * C + (start + step)[None, :] * C + row[:, None]
-    grads = grad_attended_ptr + chunk * E + (start + step)[:, None] * E + column[None, :]
-    for _ in tl.range(start, C, STEP, num_stages=STAGES):
-        acc = dot(tl.load(weights), tl.load(grads), acc)
-        weights += STEP * C
-        grads += STEP * E
+    for first in tl.range(start, C + L, STEP, num_stages=STAGES):
+        base = tl.where(first < C, grads + first * E, sums + (first - C) * E)
+        acc = dot(tl.load(keys + first), tl.load(base + step[:, None] * E + column[None, :]), acc)
 
-    t = g * C + row
-    values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + column[None, :]
     place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + E + column[None, :]
+    grad_v = acc * silu_derivative(v)
     if WHOLE:
-        grad_v = acc * silu_derivative(tl.load(values))
         tl.store(place, grad_v.to(grad_uvz_ptr.dtype.element_ty))
     else:
-        grad_v = acc * silu_derivative(tl.load(values, mask=(t < T)[:, None], other=0.0))
         grad_v = tl.where((t < T)[:, None], grad_v, 0.0)
         tl.store(place, grad_v.to(grad_uvz_ptr.dtype.element_ty), mask=(t < T)[:, None])
     partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + first_row // ROWS) * E + column
@@ -279,7 +275,7 @@ def _contract(  # type: ignore[no-untyped-def]
                 block = tl.load(x)
             else:
                 block = tl.load(x, mask=(x_row < T)[:, None], other=0.0)
-            acc = dot(silu(block).to(other.dtype), tl.trans(other), acc)
+            acc = dot(activate(block), tl.trans(other), acc)
         else:
             acc = dot(tl.load(x), tl.trans(other), acc)
         x += STEP
@@ -289,7 +285,7 @@ def _contract(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def contractions_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, bias_ptr, doc_ptr, quad_q_ptr, quad_k_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+    uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
@@ -308,53 +304,39 @@ def contractions_kernel(  # type: ignore[no-untyped-def]
     b, g = n // G, n % G
     role = tl.program_id(0)
     chunk = n.to(tl.int64) * C
-    dtype = quad_q_ptr.dtype.element_ty
+    dtype = grad_lin_q_ptr.dtype.element_ty
     step = tl.arange(0, STEP)
     row = tl.arange(0, ROWS)
     if role < PAIRS:
-        if CAUSAL:
-            query_block = 0
-            for block in tl.static_range(1, BLOCKS):
-                query_block = tl.where(role >= block * (block + 1) // 2, block, query_block)
-            key_block = role - query_block * (query_block + 1) // 2
-        else:
-            query_block, key_block = role // BLOCKS, role % BLOCKS
+        query_block, key_block = pair_of_blocks(role, BLOCKS, CAUSAL)
         key, query = key_block * ROWS + row, query_block * ROWS + row
         t_key = g * C + key
         x = _rows(uvz_ptr, b, t_key, stride_b, stride_t) + E + step[None, :]
         y = grad_attended_ptr + (chunk + query)[:, None] * E + step[None, :]
         grad = _contract(x, y, t_key, T, E, True, WHOLE, ROWS, ROWS, STEP, STAGES)
-        scores = tl.zeros([ROWS, ROWS], tl.float32)
-        for first in tl.static_range(0, S, 64):
-            part = first + tl.arange(0, 64)
-            k = tl.load(quad_k_ptr + (chunk + key)[:, None] * S + part[None, :])
-            q = tl.load(quad_q_ptr + (chunk + query)[:, None] * S + part[None, :])
-            scores = dot(k, tl.trans(q), scores)
-        scores = scores / C + tl.load(bias_ptr + (key[:, None] - query[None, :] + C - 1)).to(tl.float32)
-        allowed = (key[:, None] >= 0) & (query[None, :] >= 0)
-        if CAUSAL:
-            allowed = allowed & (key[:, None] <= query[None, :])
-        if DOCS:
+        place = (chunk + key)[:, None] * C + query[None, :]
+        if DOCS and not CAUSAL:
+            relu = tl.load(relu_ptr + place).to(tl.float32)
             key_doc = tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(t_key, T - 1))
             query_doc = tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(g * C + query, T - 1))
-            allowed = allowed & (key_doc[:, None] == query_doc[None, :])
-        grad = tl.where(allowed, grad, 0.0)
-        place = (chunk + key)[:, None] * C + query[None, :]
-        tl.store(grad_scores_ptr + place, (grad * 2.0 * tl.maximum(scores, 0.0)).to(dtype))
-        if DOCS and not CAUSAL:
-            tl.store(grad_weights_ptr + place, grad.to(dtype))
+            same = key_doc[:, None] == query_doc[None, :]
+            tl.store(grad_weights_ptr + place, tl.where(same, grad, 0.0).to(dtype))
+        else:
+            # The weights are relu² and 0 where a query may not read.
+            relu = tl.sqrt(tl.load(keys_ptr + (chunk + key)[:, None] * (C + L) + query[None, :]).to(tl.float32))
+        tl.store(grad_scores_ptr + place, (grad * 2.0 * relu).to(dtype))
     else:
-        part = (role - PAIRS) % LINEAR
-        row = part // (L // BLOCK_L) * ROWS + row
-        feature = part % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
+        block = (role - PAIRS) % LINEAR
+        row = block // (L // BLOCK_L) * ROWS + row
+        feature = block % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
         state = b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + feature[:, None] * E + step[None, :]
-        place = (chunk + row)[:, None] * L + feature[None, :]
+        place_lin = (chunk + row)[:, None] * L + feature[None, :]
         if role < PAIRS + LINEAR:
-            x = grad_attended_ptr + (chunk + row)[:, None] * E + step[None, :]
-            grad = _contract(x, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
-            tl.store(grad_lin_q_ptr + place, grad.to(dtype))
+            left = grad_attended_ptr + (chunk + row)[:, None] * E + step[None, :]
+            grad = _contract(left, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            tl.store(grad_lin_q_ptr + place_lin, grad.to(dtype))
         else:
             t = g * C + row
-            x = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + step[None, :]
-            grad = _contract(x, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
-            tl.store(grad_lin_k_ptr + place, grad.to(dtype))
+            values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + step[None, :]
+            grad = _contract(values, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            tl.store(grad_lin_k_ptr + place_lin, grad.to(dtype))
