@@ -1,8 +1,9 @@
 """Mixed chunk attention on Triton kernels: the same function as reference.py.
 
-Four kernels forward (heads and scores; chunk sums; scan; output), six backward. Between them stand, for each chunk of
-C tokens, its weights (C, C), its linear queries and keys (C, L) and a state (L, E), all in uvz's dtype; only the states
-are kept for backward. Sums are taken in float32, without atomics: the bits of two runs are the same.
+Heads and scores first; then one launch for all that runs over the values (triton_mixed_chunk_pipeline.py); backward
+the same in the other direction, and last the gradients of the heads. Between them stand, for each chunk of C tokens,
+its weights (C, C), its linear queries and keys (C, L) and a state (L, E), all in uvz's dtype; only the states are kept
+for backward. Sums are taken in float32 and in a fixed order: the bits of two runs are the same.
 
 Shape letters: B batch, T time, G chunks, N = B·G, C chunk, S query/key, L = S · routes, E values.
 """
@@ -21,15 +22,17 @@ from flash_model.ops.triton_mixed_chunk_heads import (
     diagonals_kernel,
     heads_backward_kernel,
     heads_kernel,
+    quad_backward_kernel,
     scores_kernel,
 )
-from flash_model.ops.triton_mixed_chunk_products import (
+from flash_model.ops.triton_mixed_chunk_pipeline import (
+    backward_kernel,
     chunk_sums_kernel,
-    contractions_kernel,
+    forward_kernel,
     gate_backward_kernel,
     output_kernel,
-    scan_kernel,
-    values_backward_kernel,
+    products_backward_kernel,
+    route_kernel,
 )
 from flash_model.positions import frequencies
 
@@ -49,31 +52,61 @@ class Launch(NamedTuple):
 
 
 # Chosen once, by timing on an H100, never at run time: the bits of a run do not depend on a race between candidates.
-# BLOCK_E and BLOCK_L are upper bounds: 64 where E or L is no multiple of 128.
+# Blocks of E, L and S are upper bounds: halved until they divide it.
 LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
     torch.bfloat16: {
         "heads": Launch({"ROWS": 32}, 4),
-        "scores": Launch({"ROWS": 128}, 8),
-        "chunk_sums": Launch({"BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 4),
-        "scan": Launch({"BLOCK": 512, "AHEAD": 8}, 4),
-        "output": Launch({"ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8),
-        "gate_backward": Launch({"BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 2}, 8),
-        "values_backward": Launch({"ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8),
-        "contractions": Launch({"ROWS": 128, "BLOCK_L": 128, "STEP": 64, "STAGES": 3}, 8),
-        "heads_backward": Launch({"ROWS": 64, "OTHERS": 64}, 4),
+        "scores": Launch({"ROWS": 128}, 4),
+        "forward": Launch(
+            {
+                "SLICE": 8, "BLOCK": 2048, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
+                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
+            },
+            8, 3, 128,
+        ),
+        "backward": Launch(
+            {
+                "SLICE": 8, "BLOCK": 2048, "BLOCK_L": 128, "GATE_E": 128, "GATE_STEP": 32,
+                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
+            },
+            8, 3, 128,
+        ),
+        "chunk_sums": Launch({"BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3),
+        "route": Launch({"BLOCK": 1024, "AHEAD": 8}, 4),
+        "output": Launch({"ROWS": 128, "BLOCK_E": 64, "STEP": 64, "STAGES": 3}, 4, 3, 168),
+        "gate_backward": Launch({"BLOCK_L": 128, "BLOCK_E": 64, "STEP": 64, "STAGES": 2}, 4, 2),
+        "products_backward": Launch(
+            {"ROWS": 128, "BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3, 128
+        ),
+        "quad_backward": Launch({"ROWS": 128, "BLOCK_S": 128, "STEP": 64, "STAGES": 2}, 4, 2),
+        "heads_backward": Launch({"ROWS": 32}, 4),
     },
     torch.float32: {
         "heads": Launch({"ROWS": 32}, 4),
         "scores": Launch({"ROWS": 64}, 8),
+        "forward": Launch(
+            {
+                "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 64, "SUMS_E": 64, "SUMS_STEP": 32,
+                "ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1,
+            },
+            4,
+        ),
+        "backward": Launch(
+            {
+                "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 64, "GATE_E": 64, "GATE_STEP": 32,
+                "ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1,
+            },
+            4,
+        ),
         "chunk_sums": Launch({"BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "scan": Launch({"BLOCK": 512, "AHEAD": 8}, 4),
+        "route": Launch({"BLOCK": 1024, "AHEAD": 8}, 4),
         "output": Launch({"ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
         "gate_backward": Launch({"BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "values_backward": Launch({"ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "contractions": Launch({"ROWS": 64, "BLOCK_L": 64, "STEP": 32, "STAGES": 1}, 4),
-        "heads_backward": Launch({"ROWS": 64, "OTHERS": 64}, 8),
+        "products_backward": Launch({"ROWS": 64, "BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
+        "quad_backward": Launch({"ROWS": 64, "BLOCK_S": 64, "STEP": 32, "STAGES": 1}, 4),
+        "heads_backward": Launch({"ROWS": 32}, 4),
     },
-}
+}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,7 +168,8 @@ class _Call:
     def launch(self, name: str) -> Launch:
         launch = LAUNCHES[self.inputs.uvz.dtype][name]
         blocks = dict(launch.blocks)
-        for block, extent in (("BLOCK_E", self.E), ("BLOCK_L", self.L)):
+        extents = {"BLOCK_L": self.L, "BLOCK_S": self.S, **dict.fromkeys(("BLOCK_E", "SUMS_E", "GATE_E"), self.E)}
+        for block, extent in extents.items():
             while block in blocks and extent % blocks[block]:
                 blocks[block] //= 2
         return launch._replace(blocks=blocks)
@@ -211,28 +245,77 @@ def _column_sums(partial: Tensor) -> Tensor:
     return sums
 
 
-def _scan(
-    call: _Call, sums: Tensor, initial: Tensor | None, *, adjoint: bool, leave: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn the chunks' sums (B, G, L, E), in place, into what arrives at each; without routes into their total.
+def _total(sums: Tensor) -> Tensor:
+    """The sum of the sums (B, G, L, E) of all chunks, for every chunk to read."""
+    return sums.sum(1, keepdim=True, dtype=torch.float32).to(sums.dtype)
 
-    Returns that, what leaves in the direction of travel (B, S, E) and the count of chunks that it holds (B,).
-    """
-    B, G, S, E = call.B, call.G, call.S, call.E
-    left = call.new(B, S, E, dtype=torch.float32) if leave else call.new(0, dtype=torch.float32)
-    count = call.new(B if leave else 0, dtype=torch.int64)
-    if call.total:
-        return sums.sum(1, keepdim=True, dtype=torch.float32).to(sums.dtype), left, count
-    inputs, launch = call.inputs, call.launch("scan")
-    width = S * E
-    for future in (False, True) if call.two else (False,):
-        scan_kernel[(triton.cdiv(width, launch.blocks["BLOCK"]), B)](
-            sums.view(B, G, -1)[..., width:] if future else sums, initial, left,
-            inputs.doc_ids, inputs.state_count, inputs.state_doc_id, count, call.T, G, sums.stride(1), width,
-            C=call.C, REVERSE=adjoint != future, DOCS=call.docs, HAS_STATE=inputs.state_count is not None,
-            HAS_INITIAL=initial is not None, LEAVE=leave, FUTURE=future, **launch.options(),
+
+def _scan_routes(call: _Call, sums: Tensor, *, adjoint: bool) -> None:
+    """Turn the sums (B, G, L, E) of a bidirectional call with documents, in place, into what arrives at each chunk."""
+    launch, width = call.launch("route"), call.S * call.E
+    for future in (False, True):
+        route_kernel[(triton.cdiv(width, launch.blocks["BLOCK"]), call.B)](
+            sums.view(call.B, call.G, -1)[..., width:] if future else sums, call.inputs.doc_ids, call.T, call.G,
+            sums.stride(1), width, C=call.C, REVERSE=adjoint != future, FUTURE=future, **launch.options(),
         )  # fmt: skip
-    return sums, left, count
+
+
+class _Pipeline(NamedTuple):
+    """What the programs of a causal pass tell each other, and what leaves it."""
+
+    slices: int
+    counters: Tensor  # (2, slices) int32
+    carry: Tensor  # (slices, S·E) float32
+    left: Tensor | None  # (B, S, E) float32
+
+
+def _pipeline(call: _Call, launch: Launch, *, leave: bool) -> _Pipeline:
+    slices = triton.cdiv(call.N, launch.blocks["SLICE"])
+    counters = torch.zeros(2, slices, dtype=torch.int32, device=call.inputs.uvz.device)
+    left = call.new(call.B, call.S, call.E, dtype=torch.float32) if leave else None
+    return _Pipeline(slices, counters, call.new(slices, call.S * call.E, dtype=torch.float32), left)
+
+
+def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return out (B, T, E), the states (B, G, S, E) and, with leave, the sum and count of the one that leaves."""
+    inputs, launch = call.inputs, call.launch("forward")
+    blocks = launch.blocks
+    pipe = _pipeline(call, launch, leave=leave)
+    width = call.S * call.E
+    states, out = call.new(call.B, call.G, call.S, call.E), call.new(call.B, call.T, call.E)
+    count = call.new(call.B, dtype=torch.int64) if leave else None
+    programs = blocks["SLICE"] * (
+        call.E // blocks["SUMS_E"] * (call.S // blocks["BLOCK_L"])
+        + call.E // blocks["BLOCK_E"] * (call.C // blocks["ROWS"])
+    ) + triton.cdiv(width, blocks["BLOCK"])
+    forward_kernel[((pipe.slices + 2) * programs,)](
+        inputs.uvz, heads.queries, heads.keys, states, out, pipe.counters, pipe.carry, inputs.state_sum, pipe.left,
+        count, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
+        call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
+        DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, HAS_INITIAL=inputs.state_sum is not None, LEAVE=leave,
+        **launch.options(),
+    )  # fmt: skip
+    return out, states, pipe.left, count
+
+
+def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
+    """Return out (B, T, E) and the states (B, G or 1, L, E)."""
+    inputs, launch = call.inputs, call.launch("chunk_sums")
+    sizes = (call.T, call.G, *call.uvz_strides)
+    extents = {"E": call.E, "L": call.L, "C": call.C, "WHOLE": call.whole}
+    states = call.new(call.B, call.G, call.L, call.E)
+    tiles = call.E // launch.blocks["BLOCK_E"] * (call.L // launch.blocks["BLOCK_L"])
+    chunk_sums_kernel[(tiles, call.N)](inputs.uvz, heads.keys, states, *sizes, **extents, **launch.options())
+    if call.two:
+        _scan_routes(call, states, adjoint=False)
+    else:
+        states = _total(states)
+    launch, out = call.launch("output"), call.new(call.B, call.T, call.E)
+    tiles = call.E // launch.blocks["BLOCK_E"] * (call.C // launch.blocks["ROWS"])
+    output_kernel[(tiles, call.N)](
+        inputs.uvz, heads.queries, states, out, *sizes, *call.state_strides(states), **extents, **launch.options()
+    )
+    return out, states
 
 
 def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -243,26 +326,104 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     call = _Call.of(inputs)
     inputs = call.inputs
     heads = _make_heads(call, backward=False)
-    sums = call.new(call.B, call.G, call.L, call.E)
-    sizes = (call.T, call.G, *call.uvz_strides)
-    launch = call.launch("chunk_sums")
-    tiles = call.E // launch.blocks["BLOCK_E"] * (call.L // launch.blocks["BLOCK_L"])
-    chunk_sums_kernel[(tiles, call.N)](
-        inputs.uvz, heads.keys, sums, *sizes, E=call.E, L=call.L, C=call.C, WHOLE=call.whole, **launch.options()
-    )
-    states, left, left_count = _scan(call, sums, inputs.state_sum, adjoint=False, leave=return_state)
-    out = call.new(call.B, call.T, call.E)
-    launch = call.launch("output")
-    tiles = call.E // launch.blocks["BLOCK_E"] * (call.C // launch.blocks["ROWS"])
-    output_kernel[(tiles, call.N)](
-        inputs.uvz, heads.queries, states, out, *sizes, *call.state_strides(states),
-        E=call.E, L=call.L, C=call.C, CAUSAL=inputs.causal, WHOLE=call.whole, **launch.options(),
-    )  # fmt: skip
-    left_doc_id = call.new(0, dtype=torch.int64)
+    left = count = left_doc_id = None
+    if inputs.causal:
+        out, states, left, count = _forward_causal(call, heads, leave=return_state)
+    else:
+        out, states = _forward_bidirectional(call, heads)
     if return_state:
-        last = left_count.new_zeros(call.B) if inputs.doc_ids is None else inputs.doc_ids[:, -1].to(torch.int64)
-        left_doc_id = last.clone()
-    return out, left, left_count, left_doc_id, states
+        left_doc_id = call.new(call.B, dtype=torch.int64).zero_()
+        if inputs.doc_ids is not None:
+            left_doc_id.copy_(inputs.doc_ids[:, -1])
+    nothing, no_ids = (call.new(0, dtype=dtype) for dtype in (torch.float32, torch.int64))
+    if left is None or count is None or left_doc_id is None:
+        return out, nothing, no_ids, torch.empty_like(no_ids), states
+    return out, left, count, left_doc_id, states
+
+
+class _Gradients(NamedTuple):
+    """What the products of a backward pass write: of the heads, and sums of u's and v's gradients over tokens."""
+
+    uvz: Tensor  # (B, T, 2E + S), z's part not yet
+    scores: Tensor  # (N, C keys, C queries)
+    weights: Tensor | None  # likewise, only where own chunks are read linearly
+    lin_q: Tensor  # (N, C, L)
+    lin_k: Tensor
+    u_sums: Tensor  # (N, E) float32
+    v_sums: Tensor  # (N · blocks, E) float32
+
+
+def _new_gradients(call: _Call, blocks: int) -> _Gradients:
+    N, C, L, E = call.N, call.C, call.L, call.E
+    return _Gradients(
+        call.new(call.B, call.T, 2 * E + call.S), call.new(N, C, C), call.new(N, C, C) if call.two else None,
+        call.new(N, C, L), call.new(N, C, L),
+        call.new(N, E, dtype=torch.float32), call.new(N * blocks, E, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _backward_causal(
+    call: _Call, heads: _Heads, grad_out: Tensor, grad_left: Tensor | None, out: Tensor, states: Tensor
+) -> tuple[_Gradients, Tensor | None]:
+    """Return the gradients and, where a state entered, that of its sum (B, S, E), float32."""
+    inputs, launch = call.inputs, call.launch("backward")
+    blocks = launch.blocks
+    has_state = inputs.state_sum is not None
+    pipe = _pipeline(call, launch, leave=has_state)
+    rows, width = call.C // blocks["ROWS"], call.S * call.E
+    grads = _new_gradients(call, rows)
+    grad_attended, grad_states = call.new(call.N, call.C, call.E), torch.empty_like(states)
+    linear = call.S // blocks["BLOCK_L"]
+    programs = blocks["SLICE"] * (
+        call.E // blocks["GATE_E"] * linear
+        + call.block_pairs(launch) + 2 * rows * linear + call.E // blocks["BLOCK_E"] * rows
+    ) + triton.cdiv(width, blocks["BLOCK"])  # fmt: skip
+    backward_kernel[((pipe.slices + 2) * programs,)](
+        inputs.uvz, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
+        grads.scores, grads.lin_q, grads.lin_k, grads.u_sums, grads.v_sums, pipe.counters, pipe.carry, grad_left,
+        pipe.left, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
+        call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, S=call.S, L=call.L, C=call.C,
+        WHOLE=call.whole, DOCS=call.docs, HAS_STATE=has_state, HAS_INITIAL=grad_left is not None, LEAVE=has_state,
+        **launch.options(),
+    )  # fmt: skip
+    return grads, pipe.left
+
+
+def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: Tensor, states: Tensor) -> _Gradients:
+    inputs = call.inputs
+    sizes = (call.T, call.G, *call.uvz_strides)
+    extents = {"E": call.E, "S": call.S, "L": call.L, "C": call.C, "WHOLE": call.whole}
+    gate, products = call.launch("gate_backward"), call.launch("products_backward")
+    rows = call.C // products.blocks["ROWS"]
+    grads = _new_gradients(call, rows)
+    grad_attended, grad_states = call.new(call.N, call.C, call.E), call.new(call.B, call.G, call.L, call.E)
+    tiles = call.E // gate.blocks["BLOCK_E"] * (call.L // gate.blocks["BLOCK_L"])
+    gate_backward_kernel[(tiles, call.N)](
+        inputs.uvz, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
+        **extents, **gate.options(),
+    )  # fmt: skip
+    if call.two:
+        _scan_routes(call, grad_states, adjoint=True)
+    else:
+        grad_states = _total(grad_states)
+    tiles = rows * (rows + 2 * (call.L // products.blocks["BLOCK_L"]) + call.E // products.blocks["BLOCK_E"])
+    products_backward_kernel[(tiles, call.N)](
+        inputs.uvz, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
+        grads.scores, grads.weights, grads.lin_q, grads.lin_k, grads.v_sums, *sizes, *call.state_strides(states),
+        DOCS=call.docs, **extents, **products.options(),
+    )  # fmt: skip
+    return grads
+
+
+def _quad_backward(call: _Call, q: Tensor, k: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k (N, C, S) of q kᵀ, whose transposed gradient is grad (N, C, C)."""
+    launch = call.launch("quad_backward")
+    grads = torch.empty_like(q), torch.empty_like(k)
+    tiles = 2 * (call.C // launch.blocks["ROWS"]) * (call.S // launch.blocks["BLOCK_S"])
+    quad_backward_kernel[(tiles, call.N)](
+        q, k, grad, *grads, S=call.S, C=call.C, CAUSAL=call.inputs.causal, **launch.options()
+    )
+    return grads
 
 
 def backward(
@@ -274,60 +435,38 @@ def backward(
     out and states are what `forward` returned. Where no state entered, its gradient is an empty tensor.
     """
     call = _Call.of(inputs)
-    inputs = call.inputs
-    B, T, N, C, S, L, E = call.B, call.T, call.N, call.C, call.S, call.L, call.E
+    inputs, N, C, S = call.inputs, call.N, call.C, call.S
     grad_out, out = grad_out.contiguous(), out.contiguous()
-    sizes = (T, call.G, *call.uvz_strides)
-    extents = {"E": E, "S": S, "L": L, "C": C, "WHOLE": call.whole}
     heads = _make_heads(call, backward=True)
-    grad_uvz = call.new(B, T, 2 * E + S)
+    grad_state = None
+    if inputs.causal:
+        grad_left = None if grad_left is None else grad_left.contiguous()
+        grads, grad_state = _backward_causal(call, heads, grad_out, grad_left, out, states)
+    else:
+        grads = _backward_bidirectional(call, heads, grad_out, out, states)
 
-    launch = call.launch("gate_backward")
-    grad_attended, grad_states = call.new(N, C, E), call.new(B, call.G, L, E)
-    u_sums = call.new(N, E, dtype=torch.float32)
-    gate_backward_kernel[(E // launch.blocks["BLOCK_E"] * (L // launch.blocks["BLOCK_L"]), N)](
-        inputs.uvz, out, grad_out, heads.queries, grad_uvz, grad_attended, grad_states, u_sums, *sizes,
-        **extents, **launch.options(),
-    )  # fmt: skip
-    has_state = inputs.state_sum is not None
-    grad_sums, grad_state, _ = _scan(call, grad_states, grad_left, adjoint=True, leave=has_state)
-
-    launch = call.launch("values_backward")
-    blocks = C // launch.blocks["ROWS"]
-    v_sums = call.new(N * blocks, E, dtype=torch.float32)
-    values_backward_kernel[(E // launch.blocks["BLOCK_E"] * blocks, N)](
-        inputs.uvz, heads.keys, grad_attended, grad_sums, grad_uvz, v_sums,
-        *sizes, *call.state_strides(grad_sums), CAUSAL=inputs.causal, **extents, **launch.options(),
-    )  # fmt: skip
-
-    launch = call.launch("contractions")
-    roles = call.block_pairs(launch) + 2 * (C // launch.blocks["ROWS"]) * (L // launch.blocks["BLOCK_L"])
-    grad_scores, grad_weights = call.new(N, C, C), call.new(N, C, C) if call.two else None
-    grad_lin_q, grad_lin_k = call.new(N, C, L), call.new(N, C, L)
-    contractions_kernel[(roles, N)](
-        inputs.uvz, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_sums,
-        grad_scores, grad_weights, grad_lin_q, grad_lin_k, *sizes, *call.state_strides(states),
-        CAUSAL=inputs.causal, DOCS=call.docs, **extents, **launch.options(),
-    )  # fmt: skip
-
+    grad_quad = _quad_backward(call, heads.quad_q, heads.quad_k, grads.scores)
+    grad_own: tuple[Tensor | None, Tensor | None] = (None, None)
+    if heads.own_q is not None and heads.own_k is not None and grads.weights is not None:
+        grad_own = _quad_backward(call, heads.own_q, heads.own_k, grads.weights)
     launch = call.launch("heads_backward")
     blocks = C // launch.blocks["ROWS"]
-    partial = call.new(N * blocks, 9, S, dtype=torch.float32)
+    partial = call.new(N * blocks, 9 * S, dtype=torch.float32)
     heads_backward_kernel[(blocks, N)](
-        inputs.uvz, inputs.gamma, *call.head_arguments(), *heads[:4],
-        grad_scores, grad_weights, grad_lin_q, grad_lin_k, grad_uvz, partial, T, call.G,
-        *call.uvz_strides, **call.head_constants(), **launch.options(),
+        inputs.uvz, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k, grads.uvz,
+        partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
     )  # fmt: skip
     grad_bias = call.new(2 * C - 1, dtype=torch.float32)
     diagonals_kernel[(2 * C - 1,)](
-        grad_scores.view(N, C * C).sum(0, dtype=torch.float32), grad_bias, C=C, CAUSAL=inputs.causal
+        grads.scores.view(N, C * C).sum(0, dtype=torch.float32), grad_bias, C=C, CAUSAL=inputs.causal
     )
-    sums = _column_sums(partial.view(-1, 9 * S)).view(9, S)
+    sums = _column_sums(partial).view(9, S)
+    state_sum = inputs.state_sum
     return (
-        grad_uvz,
+        grads.uvz,
         sums[:4].to(inputs.gamma.dtype, copy=True),
         sums[4:8].to(inputs.beta.dtype, copy=True),
         grad_bias.to(inputs.bias.dtype),
-        grad_state if inputs.state_sum is None else grad_state.to(inputs.state_sum.dtype),
-        torch.cat([_column_sums(u_sums), _column_sums(v_sums), sums[8]]),
+        call.new(0, dtype=torch.float32) if state_sum is None or grad_state is None else grad_state.to(state_sum.dtype),
+        torch.cat([_column_sums(grads.u_sums), _column_sums(grads.v_sums), sums[8]]),
     )

@@ -231,19 +231,54 @@ def _add4(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _head_backward(  # type: ignore[no-untyped-def]
-    x1, x2, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t, pair, present,
-    head: tl.constexpr, E: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
+def quad_backward_kernel(  # type: ignore[no-untyped-def]
+    quad_q_ptr, quad_k_ptr, grad_ptr, grad_q_ptr, grad_k_ptr,
+    S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one rotated head → that of the activation; its sums over the rows, gamma's and beta's, are stored.
+    """Gradients of q and k (N, C, S) of scores = q kᵀ, whose transposed gradient is grad (N, C keys, C queries).
 
-    Angles and z are loaded here again for every head: held, they would cost the registers of four blocks.
+    Grid: (2 · C / ROWS · S / BLOCK_S, N).
     """
+    chunk = tl.program_id(1).to(tl.int64) * C
+    block = tl.program_id(0) // 2
+    feature = block % (S // BLOCK_S) * BLOCK_S + tl.arange(0, BLOCK_S)
+    first_row = block // (S // BLOCK_S) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    step = tl.arange(0, STEP)
+    acc = tl.zeros([ROWS, BLOCK_S], tl.float32)
+    place = (chunk + row)[:, None] * S + feature[None, :]
+    if tl.program_id(0) % 2 == 0:
+        end = C
+        if CAUSAL:
+            end = first_row + ROWS
+        for first in tl.range(0, end, STEP, num_stages=STAGES):
+            grad = tl.load(grad_ptr + (chunk + first + step)[None, :] * C + row[:, None])
+            acc = dot(grad, tl.load(quad_k_ptr + (chunk + first + step)[:, None] * S + feature[None, :]), acc)
+        tl.store(grad_q_ptr + place, acc.to(grad_q_ptr.dtype.element_ty))
+    else:
+        start = 0
+        if CAUSAL:
+            start = first_row
+        for first in tl.range(start, C, STEP, num_stages=STAGES):
+            grad = tl.load(grad_ptr + (chunk + row)[:, None] * C + (first + step)[None, :])
+            acc = dot(grad, tl.load(quad_q_ptr + (chunk + first + step)[:, None] * S + feature[None, :]), acc)
+        tl.store(grad_k_ptr + place, acc.to(grad_k_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _add4(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def _head_backward(  # type: ignore[no-untyped-def]
+    x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, head: tl.constexpr, S: tl.constexpr
+):  # fmt: skip
+    """Gradient of one rotated head → that of the activation; its sums over the rows, gamma's and beta's, are stored."""
     H: tl.constexpr = S // 2
-    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     x1, x2 = rotate(x1, x2, cos, -sin)
-    z1, z2 = _load_z(uvz_ptr, b, g * C + row, T, stride_b, stride_t, pair, present, E, H)
-    gamma_sum1, gamma_sum2, beta_sum1, beta_sum2 = tl.reduce((x1 * silu(z1), x2 * silu(z2), x1, x2), 0, _add4)
+    gamma_sum1, gamma_sum2, beta_sum1, beta_sum2 = tl.reduce((x1 * a1, x2 * a2, x1, x2), 0, _add4)
     tl.store(partial + head * S, gamma_sum1, mask=present)
     tl.store(partial + head * S + H, gamma_sum2, mask=present)
     tl.store(partial + (4 + head) * S, beta_sum1, mask=present)
@@ -254,53 +289,17 @@ def _head_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _by_key(
-    grad_ptr, k_ptr, chunk, row, first, end, pair, present, S: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """Σ over keys of gradᵀ · k for the queries `row`, as two halves; grad is (C keys, C queries) of a chunk."""
-    x1 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
-    x2 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
-    for start in range(first, end, STEP):
-        key = start + tl.arange(0, STEP)
-        k1, k2 = _load_pair(
-            k_ptr + (chunk + key)[:, None] * S + pair[None, :], present[None, :] & (key < C)[:, None], S // 2
-        )
-        grad = tl.trans(tl.load(grad_ptr + (chunk + key)[:, None] * C + row[None, :]))
-        x1, x2 = dot(grad, k1, x1), dot(grad, k2, x2)
-    return x1, x2
-
-
-@triton.jit
-def _by_query(
-    grad_ptr, q_ptr, chunk, row, first, end, pair, present, S: tl.constexpr, C: tl.constexpr, STEP: tl.constexpr
-):  # type: ignore[no-untyped-def]
-    """Σ over queries of grad · q for the keys `row`, as two halves."""
-    x1 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
-    x2 = tl.zeros([row.shape[0], pair.shape[0]], tl.float32)
-    for start in range(first, end, STEP):
-        query = start + tl.arange(0, STEP)
-        q1, q2 = _load_pair(
-            q_ptr + (chunk + query)[:, None] * S + pair[None, :], present[None, :] & (query < C)[:, None], S // 2
-        )
-        grad = tl.load(grad_ptr + (chunk + row)[:, None] * C + query[None, :])
-        x1, x2 = dot(grad, q1, x1), dot(grad, q2, x2)
-    return x1, x2
-
-
-@triton.jit
 def heads_backward_kernel(  # type: ignore[no-untyped-def]
     uvz_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
-    quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
+    grad_quad_q_ptr, grad_quad_k_ptr, grad_own_q_ptr, grad_own_k_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr,
-    DOCS: tl.constexpr, HAS_STATE: tl.constexpr,
-    ROWS: tl.constexpr, OTHERS: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the rotated heads → gradient of z, and partial sums (programs, 9, S) of gamma's, beta's and z's.
 
-    grad_scores (N, C keys, C queries) is the gradient of q kᵀ/C + bias, transposed; grad_weights likewise that of the
-    weights where a query may read (only where own chunks are read linearly). Grid: (C / ROWS, N).
+    Grid: (C / ROWS, N).
     """
     H: tl.constexpr = S // 2
     TWO: tl.constexpr = DOCS and not CAUSAL
@@ -309,33 +308,25 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
     b, g = n // G, n % G
     pair = tl.arange(0, H2)
     present = pair < H
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = g * C + row
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
+    z1, z2 = _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    a1, a2 = silu(z1), silu(z2)
+    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
-    chunk = n.to(tl.int64) * C
-    place_lin = (chunk + row)[:, None] * L + pair[None, :]
+    place = (n.to(tl.int64) * C + row)[:, None] * S + pair[None, :]
+    place_lin = (n.to(tl.int64) * C + row)[:, None] * L + pair[None, :]
     here = present[None, :] & (row < C)[:, None]
-    end = C
-    start = 0
-    if CAUSAL:
-        end = first_row + ROWS
-        start = first_row // OTHERS * OTHERS
 
-    # One head after the other, so that few blocks are alive at a time.
-    x1, x2 = _by_key(grad_scores_ptr, quad_k_ptr, chunk, row, 0, end, pair, present, S, C, OTHERS)
-    grad_a1, grad_a2 = _head_backward(
-        x1 / C, x2 / C, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
-        pair, present, 0, E, S, C,
-    )  # fmt: skip
-    x1, x2 = _by_query(grad_scores_ptr, quad_q_ptr, chunk, row, start, C, pair, present, S, C, OTHERS)
-    x1, x2 = _head_backward(
-        x1 / C, x2 / C, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
-        pair, present, 1, E, S, C,
-    )  # fmt: skip
+    x1, x2 = _load_pair(grad_quad_q_ptr + place, here, H)
+    x1, x2 = x1.to(tl.float32) / C, x2.to(tl.float32) / C
+    grad_a1, grad_a2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, S)
+    x1, x2 = _load_pair(grad_quad_k_ptr + place, here, H)
+    x1, x2 = x1.to(tl.float32) / C, x2.to(tl.float32) / C
+    x1, x2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, S)
     grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
 
     x1, x2 = _load_pair(grad_lin_q_ptr + place_lin, here, H)
@@ -343,12 +334,9 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
     if TWO:
         y1, y2 = _load_pair(grad_lin_q_ptr + place_lin + S, here, H)
         x1, x2 = x1 + y1 * read_future[:, None], x2 + y2 * read_future[:, None]
-        y1, y2 = _by_key(grad_weights_ptr, own_k_ptr, chunk, row, 0, C, pair, present, S, C, OTHERS)
+        y1, y2 = _load_pair(grad_own_q_ptr + place, here, H)
         x1, x2 = x1 + y1 * own[:, None], x2 + y2 * own[:, None]
-    x1, x2 = _head_backward(
-        x1, x2, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
-        pair, present, 2, E, S, C,
-    )  # fmt: skip
+    x1, x2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 2, S)
     grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
 
     x1, x2 = _load_pair(grad_lin_k_ptr + place_lin, here, H)
@@ -356,14 +344,10 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
     if TWO:
         y1, y2 = _load_pair(grad_lin_k_ptr + place_lin + S, here, H)
         x1, x2 = x1 + y1 * write_future[:, None], x2 + y2 * write_future[:, None]
-        y1, y2 = _by_query(grad_weights_ptr, own_q_ptr, chunk, row, 0, C, pair, present, S, C, OTHERS)
+        y1, y2 = _load_pair(grad_own_k_ptr + place, here, H)
         x1, x2 = x1 + y1, x2 + y2
-    x1, x2 = _head_backward(
-        x1, x2, uvz_ptr, gamma_ptr, starts_ptr, offsets_ptr, partial, b, g, row, T, stride_b, stride_t,
-        pair, present, 3, E, S, C,
-    )  # fmt: skip
+    x1, x2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 3, S)
 
-    z1, z2 = _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
     grad_z1, grad_z2 = (grad_a1 + x1) * silu_derivative(z1), (grad_a2 + x2) * silu_derivative(z2)
     tl.store(partial + 8 * S, tl.sum(grad_z1, 0), mask=present)
     tl.store(partial + 8 * S + H, tl.sum(grad_z2, 0), mask=present)

@@ -1,6 +1,6 @@
-"""Kernels of mixed chunk attention over its values: chunk sums, scan, output, and their adjoints.
+"""Products of mixed chunk attention over its values: chunk sums, output, and their adjoints, one tile at a time.
 
-They know no documents: rows that do not read or write have weight 0 in lin_q, lin_k and weights.
+The kernels that walk over the tiles are in triton_mixed_chunk_pipeline.py. Tiles know no documents: rows that do not read or write have weight 0 in lin_q, lin_k and weights.
 
 Shape letters: N = B·G chunks, C chunk, L width of the linear queries and keys, E values. `attended` is
 weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attended.
@@ -20,16 +20,15 @@ def _rows(ptr, b, t, stride_b, stride_t):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def chunk_sums_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+def chunk_sums_tile(  # type: ignore[no-untyped-def]
+    n, tile, uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """sums (N, L, E) = lin_kᵀ V of every chunk. Grid: (E / BLOCK_E · L / BLOCK_L, N)."""
-    n = tl.program_id(1)
+    """sums (N, L, E) = lin_kᵀ V of every chunk. Tiles: E / BLOCK_E · L / BLOCK_L."""
     b, g = n // G, n % G
-    column = tl.program_id(0) // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
-    feature = tl.program_id(0) % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
+    column = tile // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
+    feature = tile % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
     acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
     step = tl.arange(0, STEP)
     lin_k = lin_k_ptr + n.to(tl.int64) * C * L + step[None, :] * L + feature[:, None]
@@ -47,88 +46,22 @@ def chunk_sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scan_kernel(  # type: ignore[no-untyped-def]
-    sums_ptr, initial_ptr, left_ptr, doc_ptr, state_count_ptr, state_doc_ptr, left_count_ptr, T, G, stride_g, width,
-    C: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    LEAVE: tl.constexpr, FUTURE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """Replace the sums (B, G, `width` of stride_g) of the chunks, in place, by what arrives at each.
-
-    Forward, what arrives at a chunk is carried on where the chunk hands on the same document. REVERSE is the adjoint:
-    the same walk from the other end. FUTURE: the documents are followed from behind. What leaves the last chunk goes
-    to left (B, width) float32, its count to left_count (B,). Grid: (width / BLOCK, B).
-    """
-    b = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    carried = tl.zeros([BLOCK], tl.float32)
-    if HAS_INITIAL:
-        carried = tl.load(initial_ptr + b * width + column, mask=inside, other=0.0).to(tl.float32)
-    count = tl.zeros([], tl.int64)
-    if HAS_STATE:
-        count += tl.load(state_count_ptr + b)
-    sums = sums_ptr + b * G * stride_g + column
-    for first in range(0, G, AHEAD):
-        steps = ()
-        for ahead in tl.static_range(AHEAD):
-            g = b * 0 + first + ahead
-            place = G - 1 - g if REVERSE else g
-            steps = steps + (
-                tl.load(sums + place * stride_g, mask=column < tl.where(g < G, width, 0), other=0.0).to(tl.float32),
-            )  # noqa: RUF005
-        for ahead in tl.static_range(AHEAD):
-            g = b * 0 + first + ahead
-            chunk = G - 1 - g if REVERSE else g
-            tl.store(
-                sums + chunk * stride_g, carried.to(sums_ptr.dtype.element_ty), mask=column < tl.where(g < G, width, 0)
-            )
-            keep = chunk >= 0
-            if DOCS:
-                safe = tl.minimum(tl.maximum(chunk, 0), G - 1)
-                if FUTURE:
-                    own = tl.load(doc_ptr + b * T + safe * C)
-                    arriving = tl.load(doc_ptr + b * T + tl.minimum(safe + 1, G - 1) * C)
-                else:
-                    own = tl.load(doc_ptr + b * T + tl.minimum(safe * C + C - 1, T - 1))
-                    arriving = tl.load(doc_ptr + b * T + tl.maximum(safe * C - 1, 0))
-                keep = own == arriving
-            if HAS_STATE:
-                state_doc = tl.load(state_doc_ptr + b)
-                if DOCS:
-                    entry = tl.load(doc_ptr + b * T + tl.minimum(C - 1, T - 1)) == state_doc
-                else:
-                    entry = state_doc == 0
-                keep = tl.where(chunk == 0, entry, keep)
-            carried = tl.where(g < G, steps[ahead] + tl.where(keep, carried, 0.0), carried)
-            count = tl.where(g < G, tl.where(keep, count, 0) + 1, count)
-    if LEAVE:
-        tl.store(left_ptr + b * width + column, carried, mask=inside)
-        if left_count_ptr is not None:
-            tl.store(left_count_ptr + b, count)
-
-
-@triton.jit
-def output_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+def output_tile(  # type: ignore[no-untyped-def]
+    n, tile, uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out (B, T, E) = SiLU(u) · ([lin_q, weights] · [state; V]). Grid: (E / BLOCK_E · C / ROWS, N).
+    """out (B, T, E) = SiLU(u) · ([lin_q, weights] · [state; V]). Tiles: E / BLOCK_E · C / ROWS.
 
     queries (N, C, L + C) holds lin_q beside weights, so that both products are one loop.
     """
-    n = tl.program_id(1)
     b, g = n // G, n % G
-    first_row = tl.program_id(0) % (C // ROWS) * ROWS
-    column = tl.program_id(0) // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
+    first_row = tile % (C // ROWS) * ROWS
+    column = tile // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
     row = first_row + tl.arange(0, ROWS)
     step = tl.arange(0, STEP)
     t = g * C + row
     gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
-    if WHOLE:
-        u = tl.load(gates)
-    else:
-        u = tl.load(gates, mask=(t < T)[:, None], other=0.0)
 
     queries = queries_ptr + (n.to(tl.int64) * C + row)[:, None] * (L + C) + step[None, :]
     states = states_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g
@@ -147,6 +80,10 @@ def output_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(operand, mask=(g * C + first - L + step < tl.where(from_state, C * G, T))[:, None], other=0.0)
         acc = dot(tl.load(queries + first), tl.where(from_state, x, activate(x)), acc)
 
+    if WHOLE:
+        u = tl.load(gates)
+    else:
+        u = tl.load(gates, mask=(t < T)[:, None], other=0.0)
     place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
     u = gate_input(u)
     out = (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty)
@@ -157,20 +94,19 @@ def output_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gate_backward_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, partial_ptr,
+def gate_backward_tile(  # type: ignore[no-untyped-def]
+    n, tile, uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, partial_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gate's adjoint: gradients of u and, (N, C, E), of attended; grad_states (N, L, E) = lin_qᵀ grad_attended.
 
-    partial (N, E): sums of u's gradient over the chunk's tokens. Grid: (E / BLOCK_E · L / BLOCK_L, N).
+    partial (N, E): sums of u's gradient over the chunk's tokens. Tiles: E / BLOCK_E · L / BLOCK_L.
     """
-    n = tl.program_id(1)
     b, g = n // G, n % G
-    block_l = tl.program_id(0) % (L // BLOCK_L)
-    column = tl.program_id(0) // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
+    block_l = tile % (L // BLOCK_L)
+    column = tile // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
     feature = block_l * BLOCK_L + tl.arange(0, BLOCK_L)
     step = tl.arange(0, STEP)
     acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
@@ -214,28 +150,23 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def values_backward_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
+def values_backward_tile(  # type: ignore[no-untyped-def]
+    n, tile, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of v = SiLU′(v) · ([weightsᵀ, lin_k] · [grad_attended; grad_sums]). Grid: (E / BLOCK_E · C / ROWS, N).
+    """Gradient of v = SiLU′(v) · ([weightsᵀ, lin_k] · [grad_attended; grad_sums]). Tiles: E / BLOCK_E · C / ROWS.
 
     keys (N, C, C + L) holds weightsᵀ beside lin_k. partial (N · C / ROWS, E): sums of the gradient over the rows.
     """
-    n = tl.program_id(1)
     b, g = n // G, n % G
-    first_row = tl.program_id(0) % (C // ROWS) * ROWS
-    column = tl.program_id(0) // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
+    first_row = tile % (C // ROWS) * ROWS
+    column = tile // (C // ROWS) * BLOCK_E + tl.arange(0, BLOCK_E)
     row = first_row + tl.arange(0, ROWS)
     step = tl.arange(0, STEP)
     t = g * C + row
     values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + column[None, :]
-    if WHOLE:
-        v = tl.load(values)
-    else:
-        v = tl.load(values, mask=(t < T)[:, None], other=0.0)
 
     chunk = n.to(tl.int64) * C
     keys = keys_ptr + (chunk + row)[:, None] * (C + L) + step[None, :]
@@ -249,6 +180,10 @@ def values_backward_kernel(  # type: ignore[no-untyped-def]
         base = tl.where(first < C, grads + first * E, sums + (first - C) * E)
         acc = dot(tl.load(keys + first), tl.load(base + step[:, None] * E + column[None, :]), acc)
 
+    if WHOLE:
+        v = tl.load(values)
+    else:
+        v = tl.load(values, mask=(t < T)[:, None], other=0.0)
     place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + E + column[None, :]
     grad_v = acc * silu_derivative(v)
     if WHOLE:
@@ -284,14 +219,14 @@ def _contract(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def contractions_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+def contractions_tile(  # type: ignore[no-untyped-def]
+    n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All that sums over E. Grid: (roles, N); a role is one block of one of the following.
+    """All that sums over E. A tile is one block of one of the following.
 
     scores   (keys, queries)  V · grad_attendedᵀ, times the derivative of relu(s)²: grad_scores (N, C keys, C queries),
              and without that factor, where own chunks are read linearly, grad_weights
@@ -300,15 +235,13 @@ def contractions_kernel(  # type: ignore[no-untyped-def]
     BLOCKS: tl.constexpr = C // ROWS
     PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2 if CAUSAL else BLOCKS * BLOCKS
     LINEAR: tl.constexpr = BLOCKS * (L // BLOCK_L)
-    n = tl.program_id(1)
     b, g = n // G, n % G
-    role = tl.program_id(0)
     chunk = n.to(tl.int64) * C
     dtype = grad_lin_q_ptr.dtype.element_ty
     step = tl.arange(0, STEP)
     row = tl.arange(0, ROWS)
-    if role < PAIRS:
-        query_block, key_block = pair_of_blocks(role, BLOCKS, CAUSAL)
+    if tile < PAIRS:
+        query_block, key_block = pair_of_blocks(tile, BLOCKS, CAUSAL)
         key, query = key_block * ROWS + row, query_block * ROWS + row
         t_key = g * C + key
         x = _rows(uvz_ptr, b, t_key, stride_b, stride_t) + E + step[None, :]
@@ -326,12 +259,12 @@ def contractions_kernel(  # type: ignore[no-untyped-def]
             relu = tl.sqrt(tl.load(keys_ptr + (chunk + key)[:, None] * (C + L) + query[None, :]).to(tl.float32))
         tl.store(grad_scores_ptr + place, (grad * 2.0 * relu).to(dtype))
     else:
-        block = (role - PAIRS) % LINEAR
+        block = (tile - PAIRS) % LINEAR
         row = block // (L // BLOCK_L) * ROWS + row
         feature = block % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
         state = b.to(tl.int64) * states_b + g.to(tl.int64) * states_g + feature[:, None] * E + step[None, :]
         place_lin = (chunk + row)[:, None] * L + feature[None, :]
-        if role < PAIRS + LINEAR:
+        if tile < PAIRS + LINEAR:
             left = grad_attended_ptr + (chunk + row)[:, None] * E + step[None, :]
             grad = _contract(left, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
             tl.store(grad_lin_q_ptr + place_lin, grad.to(dtype))

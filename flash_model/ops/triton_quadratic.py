@@ -285,4 +285,4 @@ def _heads_backward(call: _Call, grad_heads: Tensor, grad_uvz: Tensor) -> tuple[
         E=call.E, S=call.S, PAIRS=triton.next_power_of_2(call.S // 2), ROWS=rows,
     )  # fmt: skip
     grad_gamma, grad_beta = partial.sum(0).split(2)
-    return grad_gamma, grad_beta
+    return grad_gamma.clone(), grad_beta.clone()

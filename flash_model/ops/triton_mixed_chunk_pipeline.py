@@ -1,0 +1,320 @@
+"""Kernels of mixed chunk attention over its values, made of the tiles of triton_mixed_chunk_products.py.
+
+Causal, one launch does a whole pass: chunks are taken in slices, in the direction of the scan, and the programs of
+slice k's chunk sums stand before those of slice k − 1's scan and of slice k − 2's outputs. So what one step writes is
+in the L2 cache when the next one reads it, and any B and T give the same work. A program waits for programs before it
+only, and the GPU starts programs in their order, so nothing waits for what cannot start. What is summed, and in which
+order, does not depend on who waited.
+
+Shape letters: B batch, T time, G chunks, N = B·G, C chunk, S query/key, L = S · routes, E values.
+"""
+
+import triton
+import triton.language as tl
+
+from flash_model.ops.triton_mixed_chunk_products import (
+    chunk_sums_tile,
+    contractions_tile,
+    gate_backward_tile,
+    output_tile,
+    values_backward_tile,
+)
+
+
+@triton.jit
+def _wait(counter, target):  # type: ignore[no-untyped-def]
+    """Wait until `target` programs are done."""
+    done = tl.atomic_add(counter, 0, sem="acquire")
+    while done < target:
+        done = tl.atomic_add(counter, 0, sem="acquire")
+
+
+@triton.jit
+def _done(counter):  # type: ignore[no-untyped-def]
+    """Say that this program is done: what it wrote can be read."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def _handed_on(doc_ptr, state_doc_ptr, b, g, T, G, C: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether chunk g hands on the document that arrives at it."""
+    keep = g >= 0
+    if DOCS:
+        last = tl.load(doc_ptr + b * T + tl.minimum(g * C + C - 1, T - 1))
+        keep = last == tl.load(doc_ptr + b * T + tl.maximum(g * C - 1, 0))
+        if HAS_STATE:
+            keep = tl.where(g == 0, last == tl.load(state_doc_ptr + b), keep)
+    elif HAS_STATE:
+        keep = (g > 0) | (tl.load(state_doc_ptr + b) == 0)
+    return keep
+
+
+@triton.jit
+def _scan_slice(  # type: ignore[no-untyped-def]
+    slice_, block, sums_ptr, carry_ptr, initial_ptr, left_ptr, left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
+    N, T, G, width, C: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Replace the sums (N, width) of a slice of chunks, in place, by what arrives at each; one block of columns.
+
+    What arrives at a chunk is carried on, beside the chunk's own sum, where the chunk hands on the same document.
+    REVERSE is the adjoint: the same from the other end. carry (slices, width), float32, goes from slice to slice; what
+    leaves a sequence goes to left (B, width), float32, its count to left_count (B,).
+    """
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    first = slice_ * SLICE
+    steps = ()
+    for ahead in tl.static_range(SLICE):
+        i = first + ahead
+        n = (N - 1 - i if REVERSE else i).to(tl.int64)
+        steps = (*steps, tl.load(sums_ptr + n * width + column, mask=column < tl.where(i < N, width, 0), other=0.0))
+    before = column < tl.where(slice_ > 0, width, 0)
+    carried = tl.load(carry_ptr + (slice_ - 1).to(tl.int64) * width + column, mask=before, other=0.0)
+    for ahead in tl.static_range(SLICE):
+        i = first + ahead
+        n = (N - 1 - i if REVERSE else i).to(tl.int64)
+        b = n // G
+        g = n % G
+        begins = g == (G - 1 if REVERSE else 0)
+        present = tl.where(i < N, width, 0)
+        if HAS_INITIAL:
+            initial = tl.load(initial_ptr + b * width + column, mask=column < tl.where(begins, present, 0), other=0.0)
+            carried = tl.where(begins, initial.to(tl.float32), carried)
+        else:
+            carried = tl.where(begins, 0.0, carried)
+        tl.store(sums_ptr + n * width + column, carried.to(sums_ptr.dtype.element_ty), mask=column < present)
+        keep = _handed_on(
+            doc_ptr, state_doc_ptr, tl.where(i < N, b, 0), tl.where(i < N, g, 0), T, G, C, DOCS, HAS_STATE
+        )
+        carried = steps[ahead].to(tl.float32) + tl.where(keep, carried, 0.0)
+        if LEAVE:
+            ends = g == (0 if REVERSE else G - 1)
+            tl.store(left_ptr + b * width + column, carried, mask=column < tl.where(ends, present, 0))
+            if left_count_ptr is not None:
+                if (block == 0) & ends & (i < N):
+                    count = tl.zeros([], tl.int64)
+                    if HAS_STATE:
+                        count += tl.load(state_count_ptr + b)
+                    for chunk in range(0, G):
+                        keep = _handed_on(doc_ptr, state_doc_ptr, b, n * 0 + chunk, T, G, C, DOCS, HAS_STATE)
+                        count = tl.where(keep, count, 0) + 1
+                    tl.store(left_count_ptr + b, count)
+    tl.store(carry_ptr + slice_.to(tl.int64) * width + column, carried, mask=column < width)
+
+
+@triton.jit
+def forward_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, queries_ptr, keys_ptr, states_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
+    left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
+    N, T, G, slices, width, stride_b, stride_t,
+    E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, SUMS_E: tl.constexpr, SUMS_STEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Causal forward: chunk sums, scan, output. counters (2, slices) start at 0.
+
+    Grid: (slices + 2) · (programs of a slice).
+    """
+    SUMS: tl.constexpr = (E // SUMS_E) * (L // BLOCK_L)
+    OUTPUTS: tl.constexpr = (E // BLOCK_E) * (C // ROWS)
+    scans = tl.cdiv(width, BLOCK)
+    group = tl.program_id(0) // (SLICE * SUMS + scans + SLICE * OUTPUTS)
+    program = tl.program_id(0) % (SLICE * SUMS + scans + SLICE * OUTPUTS)
+    if program < SLICE * SUMS:
+        n = group * SLICE + program // SUMS
+        if n < N:
+            chunk_sums_tile(
+                n, program % SUMS, uvz_ptr, keys_ptr, states_ptr, T, G, stride_b, stride_t,
+                E, L, C, WHOLE, BLOCK_L, SUMS_E, SUMS_STEP, STAGES,
+            )  # fmt: skip
+            _done(counters_ptr + group)
+    elif program < SLICE * SUMS + scans:
+        slice_ = group - 1
+        if (slice_ >= 0) & (slice_ < slices):
+            _wait(counters_ptr + slice_, SUMS * tl.minimum(SLICE, N - slice_ * SLICE))
+            if slice_ > 0:
+                _wait(counters_ptr + slices + slice_ - 1, scans)
+            _scan_slice(
+                slice_, program - SLICE * SUMS, states_ptr, carry_ptr, initial_ptr, left_ptr, left_count_ptr,
+                doc_ptr, state_count_ptr, state_doc_ptr, N, T, G, width, C, False, DOCS, HAS_STATE, HAS_INITIAL,
+                LEAVE, SLICE, BLOCK,
+            )  # fmt: skip
+            _done(counters_ptr + slices + slice_)
+    else:
+        slice_ = group - 2
+        program -= SLICE * SUMS + scans
+        n = slice_ * SLICE + program // OUTPUTS
+        if (slice_ >= 0) & (n < N):
+            _wait(counters_ptr + slices + slice_, scans)
+            output_tile(
+                n, program % OUTPUTS, uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t,
+                G * width, width, E, L, C, True, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
+            )  # fmt: skip
+
+
+@triton.jit
+def backward_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, keys_ptr, states_ptr, grad_uvz_ptr, grad_attended_ptr,
+    grad_states_ptr, grad_scores_ptr, grad_lin_q_ptr, grad_lin_k_ptr, u_sums_ptr, v_sums_ptr,
+    counters_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
+    N, T, G, slices, width, stride_b, stride_t,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr,
+    SLICE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, GATE_E: tl.constexpr, GATE_STEP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Causal backward, from the last chunk to the first: gate, scan, gradient of v, everything that sums over E.
+
+    Grid and counters like forward's.
+    """
+    GATES: tl.constexpr = (E // GATE_E) * (L // BLOCK_L)
+    BLOCKS: tl.constexpr = C // ROWS
+    CONTRACTIONS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2 + 2 * BLOCKS * (L // BLOCK_L)
+    TILES: tl.constexpr = CONTRACTIONS + (E // BLOCK_E) * BLOCKS
+    scans = tl.cdiv(width, BLOCK)
+    group = tl.program_id(0) // (SLICE * GATES + scans + SLICE * TILES)
+    program = tl.program_id(0) % (SLICE * GATES + scans + SLICE * TILES)
+    if program < SLICE * GATES:
+        i = group * SLICE + program // GATES
+        if i < N:
+            gate_backward_tile(
+                N - 1 - i, program % GATES, uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, grad_uvz_ptr,
+                grad_attended_ptr, grad_states_ptr, u_sums_ptr, T, G, stride_b, stride_t,
+                E, S, L, C, WHOLE, BLOCK_L, GATE_E, GATE_STEP, 2,
+            )  # fmt: skip
+            _done(counters_ptr + group)
+    elif program < SLICE * GATES + scans:
+        slice_ = group - 1
+        if (slice_ >= 0) & (slice_ < slices):
+            _wait(counters_ptr + slice_, GATES * tl.minimum(SLICE, N - slice_ * SLICE))
+            if slice_ > 0:
+                _wait(counters_ptr + slices + slice_ - 1, scans)
+            _scan_slice(
+                slice_, program - SLICE * GATES, grad_states_ptr, carry_ptr, initial_ptr, left_ptr, None,
+                doc_ptr, state_count_ptr, state_doc_ptr, N, T, G, width, C, True, DOCS, HAS_STATE, HAS_INITIAL,
+                LEAVE, SLICE, BLOCK,
+            )  # fmt: skip
+            _done(counters_ptr + slices + slice_)
+    else:
+        slice_ = group - 2
+        program -= SLICE * GATES + scans
+        i = slice_ * SLICE + program // TILES
+        tile = program % TILES
+        if (slice_ >= 0) & (i < N):
+            _wait(counters_ptr + slices + slice_, scans)
+            n = N - 1 - i
+            if tile < CONTRACTIONS:
+                contractions_tile(
+                    n, tile, uvz_ptr, keys_ptr, None, None, grad_attended_ptr, states_ptr, grad_states_ptr,
+                    grad_scores_ptr, None, grad_lin_q_ptr, grad_lin_k_ptr, T, G, stride_b, stride_t, G * width, width,
+                    E, S, L, C, True, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES,
+                )  # fmt: skip
+            else:
+                values_backward_tile(
+                    n, tile - CONTRACTIONS, uvz_ptr, keys_ptr, grad_attended_ptr, grad_states_ptr, grad_uvz_ptr,
+                    v_sums_ptr, T, G, stride_b, stride_t, G * width, width, E, S, L, C, True, WHOLE,
+                    ROWS, BLOCK_E, STEP, STAGES,
+                )  # fmt: skip
+
+
+@triton.jit
+def chunk_sums_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+    E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles, N)."""
+    chunk_sums_tile(
+        tl.program_id(1), tl.program_id(0), uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+        E, L, C, WHOLE, BLOCK_L, BLOCK_E, STEP, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def route_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr, doc_ptr, T, G, stride_g, width,
+    C: tl.constexpr, REVERSE: tl.constexpr, FUTURE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The scan of a bidirectional pass with documents, over one of its two routes.
+
+    Columns `width` of the sums (B, G, stride_g) become, in place, what arrives at each chunk. FUTURE: documents are
+    followed from behind. Grid: (width / BLOCK, B).
+    """
+    b = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    carried = tl.zeros([BLOCK], tl.float32)
+    sums = sums_ptr + b * G * stride_g + column
+    for first in range(0, G, AHEAD):
+        steps = ()
+        for ahead in tl.static_range(AHEAD):
+            i = b * 0 + first + ahead
+            g = G - 1 - i if REVERSE else i
+            steps = (*steps, tl.load(sums + g * stride_g, mask=column < tl.where(i < G, width, 0), other=0.0))
+        for ahead in tl.static_range(AHEAD):
+            i = b * 0 + first + ahead
+            g = G - 1 - i if REVERSE else i
+            present = column < tl.where(i < G, width, 0)
+            tl.store(sums + g * stride_g, carried.to(sums_ptr.dtype.element_ty), mask=present)
+            g = tl.minimum(tl.maximum(g, 0), G - 1)
+            if FUTURE:
+                own = tl.load(doc_ptr + b * T + g * C)
+                keep = own == tl.load(doc_ptr + b * T + tl.minimum(g + 1, G - 1) * C)
+            else:
+                keep = _handed_on(doc_ptr, None, b, g, T, G, C, True, False)
+            carried = steps[ahead].to(tl.float32) + tl.where(keep, carried, 0.0)
+
+
+@triton.jit
+def output_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+    E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Bidirectional output. Grid: (tiles, N)."""
+    output_tile(
+        tl.program_id(1), tl.program_id(0), uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t,
+        states_b, states_g, E, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate_backward_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, u_sums_ptr,
+    T, G, stride_b, stride_t,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tiles, N)."""
+    gate_backward_tile(
+        tl.program_id(1), tl.program_id(0), uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr,
+        grad_attended_ptr, grad_states_ptr, u_sums_ptr, T, G, stride_b, stride_t,
+        E, S, L, C, WHOLE, BLOCK_L, BLOCK_E, STEP, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def products_backward_kernel(  # type: ignore[no-untyped-def]
+    uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
+    grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
+    T, G, stride_b, stride_t, states_b, states_g,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Bidirectional: gradient of v and everything that sums over E. Grid: (tiles of both, N)."""
+    BLOCKS: tl.constexpr = C // ROWS
+    CONTRACTIONS: tl.constexpr = BLOCKS * BLOCKS + 2 * BLOCKS * (L // BLOCK_L)
+    n = tl.program_id(1)
+    tile = tl.program_id(0)
+    if tile < CONTRACTIONS:
+        contractions_tile(
+            n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+            grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, T, G, stride_b, stride_t,
+            states_b, states_g, E, S, L, C, False, DOCS, WHOLE, ROWS, BLOCK_L, STEP, STAGES,
+        )  # fmt: skip
+    else:
+        values_backward_tile(
+            n, tile - CONTRACTIONS, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, v_sums_ptr,
+            T, G, stride_b, stride_t, states_b, states_g, E, S, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
+        )  # fmt: skip
