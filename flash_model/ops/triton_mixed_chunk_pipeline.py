@@ -68,7 +68,7 @@ def _scan_slice(  # type: ignore[no-untyped-def]
     for ahead in tl.static_range(SLICE):
         i = first + ahead
         n = (N - 1 - i if REVERSE else i).to(tl.int64)
-        steps = (*steps, tl.load(sums_ptr + n * width + column, mask=column < tl.where(i < N, width, 0), other=0.0))
+        steps = steps + (tl.load(sums_ptr + n * width + column, mask=column < tl.where(i < N, width, 0), other=0.0),)  # noqa: RUF005
     before = column < tl.where(slice_ > 0, width, 0)
     carried = tl.load(carry_ptr + (slice_ - 1).to(tl.int64) * width + column, mask=before, other=0.0)
     for ahead in tl.static_range(SLICE):
@@ -251,7 +251,7 @@ def route_kernel(  # type: ignore[no-untyped-def]
         for ahead in tl.static_range(AHEAD):
             i = b * 0 + first + ahead
             g = G - 1 - i if REVERSE else i
-            steps = (*steps, tl.load(sums + g * stride_g, mask=column < tl.where(i < G, width, 0), other=0.0))
+            steps = steps + (tl.load(sums + g * stride_g, mask=column < tl.where(i < G, width, 0), other=0.0),)  # noqa: RUF005
         for ahead in tl.static_range(AHEAD):
             i = b * 0 + first + ahead
             g = G - 1 - i if REVERSE else i
