@@ -59,14 +59,14 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "scores": Launch({"ROWS": 128}, 4),
         "forward": Launch(
             {
-                "SLICE": 8, "BLOCK": 2048, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
-                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
+                "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 128, "SUMS_E": 64, "SUMS_STEP": 32,
+                "ROWS": 128, "BLOCK_E": 64, "STEP": 32, "STAGES": 4,
             },
-            8, 3, 128,
+            4, 4, 128,
         ),
         "backward": Launch(
             {
-                "SLICE": 8, "BLOCK": 2048, "BLOCK_L": 128, "GATE_E": 128, "GATE_STEP": 32,
+                "SLICE": 8, "BLOCK": 2048, "BLOCK_L": 128, "GATE_E": 64, "GATE_STEP": 64,
                 "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
             },
             8, 3, 128,
@@ -78,8 +78,8 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "products_backward": Launch(
             {"ROWS": 128, "BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3, 128
         ),
-        "quad_backward": Launch({"ROWS": 128, "BLOCK_S": 128, "STEP": 64, "STAGES": 2}, 4, 2),
-        "heads_backward": Launch({"ROWS": 32}, 4),
+        "quad_backward": Launch({"ROWS": 128, "BLOCK_S": 128, "STEP": 64, "STAGES": 3}, 8, 3),
+        "heads_backward": Launch({"ROWS": 16}, 2),
     },
     torch.float32: {
         "heads": Launch({"ROWS": 32}, 4),
@@ -283,13 +283,14 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
     pipe = _pipeline(call, launch, leave=leave)
     width = call.S * call.E
     states, out = call.new(call.B, call.G, call.S, call.E), call.new(call.B, call.T, call.E)
+    values = call.new(call.N, call.C, call.E)
     count = call.new(call.B, dtype=torch.int64) if leave else None
     programs = blocks["SLICE"] * (
         call.E // blocks["SUMS_E"] * (call.S // blocks["BLOCK_L"])
         + call.E // blocks["BLOCK_E"] * (call.C // blocks["ROWS"])
     ) + triton.cdiv(width, blocks["BLOCK"])
     forward_kernel[((pipe.slices + 2) * programs,)](
-        inputs.uvz, heads.queries, heads.keys, states, out, pipe.counters, pipe.carry, inputs.state_sum, pipe.left,
+        inputs.uvz, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum, pipe.left,
         count, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
         DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, HAS_INITIAL=inputs.state_sum is not None, LEAVE=leave,
@@ -303,9 +304,9 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
     inputs, launch = call.inputs, call.launch("chunk_sums")
     sizes = (call.T, call.G, *call.uvz_strides)
     extents = {"E": call.E, "L": call.L, "C": call.C, "WHOLE": call.whole}
-    states = call.new(call.B, call.G, call.L, call.E)
+    states, values = call.new(call.B, call.G, call.L, call.E), call.new(call.N, call.C, call.E)
     tiles = call.E // launch.blocks["BLOCK_E"] * (call.L // launch.blocks["BLOCK_L"])
-    chunk_sums_kernel[(tiles, call.N)](inputs.uvz, heads.keys, states, *sizes, **extents, **launch.options())
+    chunk_sums_kernel[(tiles, call.N)](inputs.uvz, heads.keys, values, states, *sizes, **extents, **launch.options())
     if call.two:
         _scan_routes(call, states, adjoint=False)
     else:
@@ -313,7 +314,15 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
     launch, out = call.launch("output"), call.new(call.B, call.T, call.E)
     tiles = call.E // launch.blocks["BLOCK_E"] * (call.C // launch.blocks["ROWS"])
     output_kernel[(tiles, call.N)](
-        inputs.uvz, heads.queries, states, out, *sizes, *call.state_strides(states), **extents, **launch.options()
+        inputs.uvz,
+        heads.queries,
+        states,
+        values,
+        out,
+        *sizes,
+        *call.state_strides(states),
+        **extents,
+        **launch.options(),
     )
     return out, states
 

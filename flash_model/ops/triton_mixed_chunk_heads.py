@@ -226,11 +226,6 @@ def _product(a_ptr, b_ptr, a_row, b_row, S: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def _add4(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
 def quad_backward_kernel(  # type: ignore[no-untyped-def]
     quad_q_ptr, quad_k_ptr, grad_ptr, grad_q_ptr, grad_k_ptr,
     S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,

@@ -105,7 +105,7 @@ def _scan_slice(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def forward_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, queries_ptr, keys_ptr, states_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
+    uvz_ptr, queries_ptr, keys_ptr, states_ptr, values_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
     left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
     N, T, G, slices, width, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -126,7 +126,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         n = group * SLICE + program // SUMS
         if n < N:
             chunk_sums_tile(
-                n, program % SUMS, uvz_ptr, keys_ptr, states_ptr, T, G, stride_b, stride_t,
+                n, program % SUMS, uvz_ptr, keys_ptr, values_ptr, states_ptr, T, G, stride_b, stride_t,
                 E, L, C, WHOLE, BLOCK_L, SUMS_E, SUMS_STEP, STAGES,
             )  # fmt: skip
             _done(counters_ptr + group)
@@ -149,7 +149,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         if (slice_ >= 0) & (n < N):
             _wait(counters_ptr + slices + slice_, scans)
             output_tile(
-                n, program % OUTPUTS, uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t,
+                n, program % OUTPUTS, uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t,
                 G * width, width, E, L, C, True, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
             )  # fmt: skip
 
@@ -221,13 +221,13 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def chunk_sums_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+    uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles, N)."""
     chunk_sums_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
         E, L, C, WHOLE, BLOCK_L, BLOCK_E, STEP, STAGES,
     )  # fmt: skip
 
@@ -268,13 +268,13 @@ def route_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def output_kernel(  # type: ignore[no-untyped-def]
-    uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+    uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional output. Grid: (tiles, N)."""
     output_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t,
         states_b, states_g, E, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
     )  # fmt: skip
 

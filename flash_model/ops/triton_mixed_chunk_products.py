@@ -21,33 +21,40 @@ def _rows(ptr, b, t, stride_b, stride_t):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def chunk_sums_tile(  # type: ignore[no-untyped-def]
-    n, tile, uvz_ptr, lin_k_ptr, sums_ptr, T, G, stride_b, stride_t,
+    n, tile, uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """sums (N, L, E) = lin_kᵀ V of every chunk. Tiles: E / BLOCK_E · L / BLOCK_L."""
+    """sums (N, L, E) = lin_kᵀ V of every chunk, and V = SiLU(v) itself, (N, C, E). Tiles: E / BLOCK_E · L / BLOCK_L."""
     b, g = n // G, n % G
+    block_l = tile % (L // BLOCK_L)
     column = tile // (L // BLOCK_L) * BLOCK_E + tl.arange(0, BLOCK_E)
-    feature = tile % (L // BLOCK_L) * BLOCK_L + tl.arange(0, BLOCK_L)
+    feature = block_l * BLOCK_L + tl.arange(0, BLOCK_L)
     acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
     step = tl.arange(0, STEP)
-    lin_k = lin_k_ptr + n.to(tl.int64) * C * L + step[None, :] * L + feature[:, None]
-    values = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
+    chunk = n.to(tl.int64) * C
+    lin_k = lin_k_ptr + chunk * L + step[None, :] * L + feature[:, None]
+    pre_activations = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
+    values = values_ptr + chunk * E + step[:, None] * E + column[None, :]
     for first in tl.range(0, C, STEP, num_stages=STAGES):
         if WHOLE:
-            v = tl.load(values)
+            v = tl.load(pre_activations)
         else:
-            v = tl.load(values, mask=(g * C + first + step < T)[:, None], other=0.0)
-        acc = dot(tl.load(lin_k), activate(v), acc)
+            v = tl.load(pre_activations, mask=(g * C + first + step < T)[:, None], other=0.0)
+        v = activate(v)
+        if block_l == 0:
+            tl.store(values, v)
+        acc = dot(tl.load(lin_k), v, acc)
         lin_k += STEP * L
-        values += STEP * stride_t
+        pre_activations += STEP * stride_t
+        values += STEP * E
     place = n.to(tl.int64) * L * E + feature[:, None] * E + column[None, :]
     tl.store(sums_ptr + place, acc.to(sums_ptr.dtype.element_ty))
 
 
 @triton.jit
 def output_tile(  # type: ignore[no-untyped-def]
-    n, tile, uvz_ptr, queries_ptr, states_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+    n, tile, uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -61,36 +68,26 @@ def output_tile(  # type: ignore[no-untyped-def]
     row = first_row + tl.arange(0, ROWS)
     step = tl.arange(0, STEP)
     t = g * C + row
-    gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
-
-    queries = queries_ptr + (n.to(tl.int64) * C + row)[:, None] * (L + C) + step[None, :]
+    chunk = n.to(tl.int64) * C
+    queries = queries_ptr + (chunk + row)[:, None] * (L + C) + step[None, :]
     states = states_ptr + b.to(tl.int64) * states_b + g.to(tl.int64) * states_g
-    values = uvz_ptr + b.to(tl.int64) * stride_b + (g * C).to(tl.int64) * stride_t + E
+    values = values_ptr + chunk * E
     acc = tl.zeros([ROWS, BLOCK_E], tl.float32)
     end = L + C
     if CAUSAL:
         end = L + first_row + ROWS
     for first in tl.range(0, end, STEP, num_stages=STAGES):
-        from_state = first < L
-        base = tl.where(from_state, states + first * E, values + (first - L) * stride_t)
-        operand = base + step[:, None] * tl.where(from_state, E, stride_t) + column[None, :]
-        if WHOLE:
-            x = tl.load(operand)
-        else:
-            x = tl.load(operand, mask=(g * C + first - L + step < tl.where(from_state, C * G, T))[:, None], other=0.0)
-        acc = dot(tl.load(queries + first), tl.where(from_state, x, activate(x)), acc)
+        base = tl.where(first < L, states + first * E, values + (first - L) * E)
+        acc = dot(tl.load(queries + first), tl.load(base + step[:, None] * E + column[None, :]), acc)
 
-    if WHOLE:
-        u = tl.load(gates)
-    else:
-        u = tl.load(gates, mask=(t < T)[:, None], other=0.0)
+    gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
     place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
-    u = gate_input(u)
-    out = (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty)
     if WHOLE:
-        tl.store(out_ptr + place, out)
+        u = gate_input(tl.load(gates))
+        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty))
     else:
-        tl.store(out_ptr + place, out, mask=(t < T)[:, None])
+        u = gate_input(tl.load(gates, mask=(t < T)[:, None], other=0.0))
+        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty), mask=(t < T)[:, None])
 
 
 @triton.jit
