@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_model.config import ModelConfig
+from flash_model.embedding import embed
 from flash_model.gau import GatedAttentionUnit
 from flash_model.init import initialize
 from flash_model.loss import linear_cross_entropy
@@ -27,7 +28,7 @@ class TiedEmbedding(nn.Module):
     ) -> Tensor:
         """Embed tokens x (…); with `project` map hidden x (…, d_model) to logits, with `targets` too to summed nats."""
         if not project:
-            return F.embedding(x, self.weight)
+            return embed(x, self.weight)
         if targets is None:
             return F.linear(x, self.weight)
         return linear_cross_entropy(x, self.weight, targets, loss_mask)
