@@ -59,14 +59,14 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "scores": Launch({"ROWS": 128}, 4),
         "forward": Launch(
             {
-                "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 128, "SUMS_E": 64, "SUMS_STEP": 32,
-                "ROWS": 128, "BLOCK_E": 64, "STEP": 32, "STAGES": 4,
+                "SLICE": 4, "BLOCK": 2048, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
+                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
             },
-            4, 4, 128,
+            8, 3, 128,
         ),
         "backward": Launch(
             {
-                "SLICE": 8, "BLOCK": 2048, "BLOCK_L": 128, "GATE_E": 64, "GATE_STEP": 64,
+                "SLICE": 5, "BLOCK": 4096, "BLOCK_L": 128, "GATE_E": 64, "GATE_STEP": 64,
                 "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
             },
             8, 3, 128,
@@ -79,7 +79,7 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
             {"ROWS": 128, "BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3, 128
         ),
         "quad_backward": Launch({"ROWS": 128, "BLOCK_S": 128, "STEP": 64, "STAGES": 3}, 8, 3),
-        "heads_backward": Launch({"ROWS": 16}, 2),
+        "heads_backward": Launch({"ROWS": 8}, 1),
     },
     torch.float32: {
         "heads": Launch({"ROWS": 32}, 4),
@@ -240,9 +240,16 @@ def _make_heads(call: _Call, *, backward: bool) -> _Heads:
 
 
 def _column_sums(partial: Tensor) -> Tensor:
-    sums = partial.new_empty(partial.shape[1])
-    column_sums_kernel[(triton.cdiv(len(sums), 32),)](partial, sums, *partial.shape, COLUMNS=32, ROWS=64, num_warps=8)
-    return sums
+    """The sums (columns,) of partial (rows, columns), float32, in two steps so that the GPU is filled."""
+    groups = min(32, triton.cdiv(partial.shape[0], 32))
+    for parts in (groups, 1):
+        rows, columns = partial.shape
+        sums = partial.new_empty(parts, columns)
+        column_sums_kernel[(triton.cdiv(columns, 64), parts)](
+            partial, sums, rows, columns, triton.cdiv(rows, parts), COLUMNS=64, ROWS=32, num_warps=4
+        )
+        partial = sums
+    return partial[0]
 
 
 def _total(sums: Tensor) -> Tensor:

@@ -351,15 +351,17 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sums (columns,) of partial (rows, columns), float32, always in the same order. Grid: (columns / COLUMNS,)."""
+def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, span, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """sums (parts, columns) of `span` rows each of partial (rows, columns), float32. Grid: (columns / COLUMNS, parts)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, rows, ROWS):
+    start = tl.program_id(1) * span
+    end = tl.minimum(start + span, rows)
+    for first in range(start, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        acc += tl.load(partial_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0.0)
-    tl.store(sums_ptr + column, tl.sum(acc, 0), mask=column < columns)
+        mask = (row < end)[:, None] & (column < columns)[None, :]
+        acc += tl.load(partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    tl.store(sums_ptr + tl.program_id(1) * columns + column, tl.sum(acc, 0), mask=column < columns)
 
 
 @triton.jit
