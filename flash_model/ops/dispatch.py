@@ -20,7 +20,8 @@ def use_kernel(
     """Return whether `op` runs its Triton kernels for such tensors, and say so once.
 
     On CUDA it does wherever kernels exist for the shapes; elsewhere the reference runs, with one warning on CUDA that
-    says why. The environment variable FLASH_OP, "triton" or "reference", forces one; ValueError when it cannot be.
+    says why (none for float64, which the kernels do not take). The environment variable FLASH_OP, "triton" or
+    "reference", forces one; ValueError when it cannot be.
     """
     forced = os.environ.get("FLASH_OP", "")
     if forced not in ("", "triton", "reference"):
@@ -29,7 +30,7 @@ def use_kernel(
     return _decide(op, device_type, dtype, value_dim, qk_dim, chunk_size, forced, interpreted)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _decide(
     op: str,
     device_type: str,
@@ -63,5 +64,7 @@ def _decide(
         return True
     if forced:
         raise ValueError(f"FLASH_OP=triton: {op} has no kernel for this call: {reason}")
-    logger.log(logging.WARNING if device_type == "cuda" else logging.INFO, "%s: reference, because %s", op, reason)
+    # Double precision is asked for where exactness matters more than speed, and the CPU has no kernels: no surprise.
+    expected = device_type != "cuda" or dtype == torch.float64
+    logger.log(logging.INFO if expected else logging.WARNING, "%s: reference, because %s", op, reason)
     return False

@@ -82,8 +82,8 @@ def mixed_chunk_attention(
             documents. None: one document, numbered 0.
         start: position of the first token, a multiple of C.
         state: of the piece of the sequence before this one (causal only); tokens of another document ignore it.
-        projection_bias: (2E + S,), the bias that uvz already contains, detached there. Its gradient, the sum of uvz's over
-            all tokens, comes with uvz's and saves a pass over it.
+        projection_bias: (2E + S,), the bias that uvz already contains, detached there. Its gradient, the sum of uvz's
+            over all tokens, comes with uvz's and saves a pass over it.
         return_state: also return the state after the last token; T must then be a multiple of C.
         rope_base: base of the rotary angles.
 

@@ -297,8 +297,8 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
         + call.E // blocks["BLOCK_E"] * (call.C // blocks["ROWS"])
     ) + triton.cdiv(width, blocks["BLOCK"])
     forward_kernel[((pipe.slices + 2) * programs,)](
-        inputs.uvz, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum, pipe.left,
-        count, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
+        inputs.uvz, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
+        pipe.left, count, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
         DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, HAS_INITIAL=inputs.state_sum is not None, LEAVE=leave,
         **launch.options(),

@@ -6,6 +6,10 @@ is 0 where it neither reads nor writes. The products over E (triton_mixed_chunk_
 Shape letters: N = B·G chunks, C chunk, S query/key, L = S · routes, E values. A row is a token of a chunk.
 """
 
+# Kernels are Triton's, not Python's, to check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs, no-warn-unreachable
+# mypy: disable-error-code="assignment,misc"
+
 import triton
 import triton.language as tl
 
@@ -13,7 +17,7 @@ from flash_model.ops.triton_math import dot, rotate, silu, silu_derivative
 
 
 @triton.jit
-def _angles(starts_ptr, offsets_ptr, g, row, pair, present, H: tl.constexpr):  # type: ignore[no-untyped-def]
+def _angles(starts_ptr, offsets_ptr, g, row, pair, present, H: tl.constexpr):
     """Cosine and sine (rows, pairs): the angle of the chunk's start and that of the row in it, added."""
     start_cos = tl.load(starts_ptr + (2 * g) * H + pair, mask=present, other=0.0)[None, :]
     start_sin = tl.load(starts_ptr + (2 * g + 1) * H + pair, mask=present, other=0.0)[None, :]
@@ -24,7 +28,7 @@ def _angles(starts_ptr, offsets_ptr, g, row, pair, present, H: tl.constexpr):  #
 
 
 @triton.jit
-def _head(a1, a2, gamma_ptr, beta_ptr, head: tl.constexpr, pair, present, cos, sin, S: tl.constexpr):  # type: ignore[no-untyped-def]
+def _head(a1, a2, gamma_ptr, beta_ptr, head: tl.constexpr, pair, present, cos, sin, S: tl.constexpr):
     """RoPE(activation · gamma + beta) of one head, as its two halves."""
     first = head * S + pair
     second = first + S // 2
@@ -36,7 +40,7 @@ def _head(a1, a2, gamma_ptr, beta_ptr, head: tl.constexpr, pair, present, cos, s
 
 
 @triton.jit
-def _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):
     """The two halves of z (rows, pairs); 0 behind the end of the sequence."""
     z = uvz_ptr + b.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + 2 * E + pair[None, :]
     mask = (t < T)[:, None] & present[None, :]
@@ -44,7 +48,7 @@ def _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr
 
 
 @triton.jit
-def _document(doc_ptr, b, t, T, DOCS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _document(doc_ptr, b, t, T, DOCS: tl.constexpr):
     """The document of position t; padding joins the last one."""
     if DOCS:
         return tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(t, T - 1)).to(tl.int64)
@@ -52,7 +56,7 @@ def _document(doc_ptr, b, t, T, DOCS: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _reading(  # type: ignore[no-untyped-def]
+def _reading(
     doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G,
     C: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
@@ -94,18 +98,18 @@ def _reading(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _store_pair(ptr, x1, x2, mask, H: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_pair(ptr, x1, x2, mask, H: tl.constexpr):
     tl.store(ptr, x1.to(ptr.dtype.element_ty), mask=mask)
     tl.store(ptr + H, x2.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _load_pair(ptr, mask, H: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_pair(ptr, mask, H: tl.constexpr):
     return tl.load(ptr, mask=mask, other=0.0), tl.load(ptr + H, mask=mask, other=0.0)
 
 
 @triton.jit
-def heads_kernel(  # type: ignore[no-untyped-def]
+def heads_kernel(
     uvz_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
     quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, lin_q_ptr, lin_k_ptr,
     T, G, stride_b, stride_t,
@@ -153,7 +157,7 @@ def heads_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scores_kernel(  # type: ignore[no-untyped-def]
+def scores_kernel(
     bias_ptr, doc_ptr, quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, weights_ptr, relu_ptr, T, G,
     S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, TRANSPOSED: tl.constexpr,
     WIDTH: tl.constexpr, ROWS: tl.constexpr,
@@ -203,7 +207,7 @@ def scores_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def pair_of_blocks(index, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def pair_of_blocks(index, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr):
     """The query's and the key's block of the index-th pair; causal ones only where the query may read the key."""
     if CAUSAL:
         query_block = index * 0
@@ -215,7 +219,7 @@ def pair_of_blocks(index, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _product(a_ptr, b_ptr, a_row, b_row, S: tl.constexpr):  # type: ignore[no-untyped-def]
+def _product(a_ptr, b_ptr, a_row, b_row, S: tl.constexpr):
     """a · bᵀ of rows of two (…, S) tensors."""
     acc = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
     for first in tl.static_range(0, S, 64):
@@ -226,7 +230,7 @@ def _product(a_ptr, b_ptr, a_row, b_row, S: tl.constexpr):  # type: ignore[no-un
 
 
 @triton.jit
-def quad_backward_kernel(  # type: ignore[no-untyped-def]
+def quad_backward_kernel(
     quad_q_ptr, quad_k_ptr, grad_ptr, grad_q_ptr, grad_k_ptr,
     S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -262,12 +266,12 @@ def quad_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add4(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+def _add4(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
 
 
 @triton.jit
-def _head_backward(  # type: ignore[no-untyped-def]
+def _head_backward(
     x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, head: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
     """Gradient of one rotated head → that of the activation; its sums over the rows, gamma's and beta's, are stored."""
@@ -284,7 +288,7 @@ def _head_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def heads_backward_kernel(  # type: ignore[no-untyped-def]
+def heads_backward_kernel(
     uvz_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
     grad_quad_q_ptr, grad_quad_k_ptr, grad_own_q_ptr, grad_own_k_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     grad_uvz_ptr, partial_ptr,
@@ -351,8 +355,8 @@ def heads_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, span, COLUMNS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """sums (parts, columns) of `span` rows each of partial (rows, columns), float32. Grid: (columns / COLUMNS, parts)."""
+def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, span, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """sums (parts, columns), each of `span` rows of partial (rows, columns). Grid: (columns / COLUMNS, parts)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     start = tl.program_id(1) * span
@@ -365,7 +369,7 @@ def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, span, COLUMNS: tl.c
 
 
 @triton.jit
-def diagonals_kernel(square_ptr, sums_ptr, C: tl.constexpr, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def diagonals_kernel(square_ptr, sums_ptr, C: tl.constexpr, CAUSAL: tl.constexpr):
     """Sums over the diagonals of (C keys, C queries): element key − query + C − 1. Grid: (2C − 1,)."""
     offset = tl.program_id(0) - (C - 1)
     query = tl.arange(0, C)

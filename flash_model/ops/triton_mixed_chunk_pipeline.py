@@ -9,6 +9,10 @@ order, does not depend on who waited.
 Shape letters: B batch, T time, G chunks, N = B·G, C chunk, S query/key, L = S · routes, E values.
 """
 
+# Kernels are Triton's, not Python's, to check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs, no-warn-unreachable
+# mypy: disable-error-code="assignment,misc"
+
 import triton
 import triton.language as tl
 
@@ -22,7 +26,7 @@ from flash_model.ops.triton_mixed_chunk_products import (
 
 
 @triton.jit
-def _wait(counter, target):  # type: ignore[no-untyped-def]
+def _wait(counter, target):
     """Wait until `target` programs are done."""
     done = tl.atomic_add(counter, 0, sem="acquire")
     while done < target:
@@ -30,14 +34,14 @@ def _wait(counter, target):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _done(counter):  # type: ignore[no-untyped-def]
+def _done(counter):
     """Say that this program is done: what it wrote can be read."""
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
 
 
 @triton.jit
-def _handed_on(doc_ptr, state_doc_ptr, b, g, T, G, C: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _handed_on(doc_ptr, state_doc_ptr, b, g, T, G, C: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr):
     """Whether chunk g hands on the document that arrives at it."""
     keep = g >= 0
     if DOCS:
@@ -51,7 +55,7 @@ def _handed_on(doc_ptr, state_doc_ptr, b, g, T, G, C: tl.constexpr, DOCS: tl.con
 
 
 @triton.jit
-def _scan_slice(  # type: ignore[no-untyped-def]
+def _scan_slice(
     slice_, block, sums_ptr, carry_ptr, initial_ptr, left_ptr, left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
     N, T, G, width, C: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
@@ -68,7 +72,8 @@ def _scan_slice(  # type: ignore[no-untyped-def]
     for ahead in tl.static_range(SLICE):
         i = first + ahead
         n = (N - 1 - i if REVERSE else i).to(tl.int64)
-        steps = steps + (tl.load(sums_ptr + n * width + column, mask=column < tl.where(i < N, width, 0), other=0.0),)  # noqa: RUF005
+        x = tl.load(sums_ptr + n * width + column, mask=column < tl.where(i < N, width, 0), other=0.0)
+        steps = steps + (x,)
     before = column < tl.where(slice_ > 0, width, 0)
     carried = tl.load(carry_ptr + (slice_ - 1).to(tl.int64) * width + column, mask=before, other=0.0)
     for ahead in tl.static_range(SLICE):
@@ -96,7 +101,7 @@ def _scan_slice(  # type: ignore[no-untyped-def]
                     count = tl.zeros([], tl.int64)
                     if HAS_STATE:
                         count += tl.load(state_count_ptr + b)
-                    for chunk in range(0, G):
+                    for chunk in range(G):
                         keep = _handed_on(doc_ptr, state_doc_ptr, b, n * 0 + chunk, T, G, C, DOCS, HAS_STATE)
                         count = tl.where(keep, count, 0) + 1
                     tl.store(left_count_ptr + b, count)
@@ -104,7 +109,7 @@ def _scan_slice(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     uvz_ptr, queries_ptr, keys_ptr, states_ptr, values_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
     left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
     N, T, G, slices, width, stride_b, stride_t,
@@ -155,7 +160,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def backward_kernel(  # type: ignore[no-untyped-def]
+def backward_kernel(
     uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, keys_ptr, states_ptr, grad_uvz_ptr, grad_attended_ptr,
     grad_states_ptr, grad_scores_ptr, grad_lin_q_ptr, grad_lin_k_ptr, u_sums_ptr, v_sums_ptr,
     counters_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
@@ -220,7 +225,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def chunk_sums_kernel(  # type: ignore[no-untyped-def]
+def chunk_sums_kernel(
     uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -233,7 +238,7 @@ def chunk_sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def route_kernel(  # type: ignore[no-untyped-def]
+def route_kernel(
     sums_ptr, doc_ptr, T, G, stride_g, width,
     C: tl.constexpr, REVERSE: tl.constexpr, FUTURE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
@@ -251,7 +256,8 @@ def route_kernel(  # type: ignore[no-untyped-def]
         for ahead in tl.static_range(AHEAD):
             i = b * 0 + first + ahead
             g = G - 1 - i if REVERSE else i
-            steps = steps + (tl.load(sums + g * stride_g, mask=column < tl.where(i < G, width, 0), other=0.0),)  # noqa: RUF005
+            x = tl.load(sums + g * stride_g, mask=column < tl.where(i < G, width, 0), other=0.0)
+            steps = steps + (x,)
         for ahead in tl.static_range(AHEAD):
             i = b * 0 + first + ahead
             g = G - 1 - i if REVERSE else i
@@ -267,20 +273,20 @@ def route_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def output_kernel(  # type: ignore[no-untyped-def]
+def output_kernel(
     uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional output. Grid: (tiles, N)."""
     output_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t,
-        states_b, states_g, E, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G,
+        stride_b, stride_t, states_b, states_g, E, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
     )  # fmt: skip
 
 
 @triton.jit
-def gate_backward_kernel(  # type: ignore[no-untyped-def]
+def gate_backward_kernel(
     uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, u_sums_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -295,7 +301,7 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def products_backward_kernel(  # type: ignore[no-untyped-def]
+def products_backward_kernel(
     uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
     T, G, stride_b, stride_t, states_b, states_g,

@@ -1,10 +1,15 @@
 """Products of mixed chunk attention over its values: chunk sums, output, and their adjoints, one tile at a time.
 
-The kernels that walk over the tiles are in triton_mixed_chunk_pipeline.py. Tiles know no documents: rows that do not read or write have weight 0 in lin_q, lin_k and weights.
+The kernels that walk over the tiles are in triton_mixed_chunk_pipeline.py. Tiles know no documents: rows that do not
+read or write have weight 0 in lin_q, lin_k and weights.
 
 Shape letters: N = B·G chunks, C chunk, L width of the linear queries and keys, E values. `attended` is
 weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attended.
 """
+
+# Kernels are Triton's, not Python's, to check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs, no-warn-unreachable
+# mypy: disable-error-code="assignment,misc"
 
 import triton
 import triton.language as tl
@@ -14,13 +19,13 @@ from flash_model.ops.triton_mixed_chunk_heads import pair_of_blocks
 
 
 @triton.jit
-def _rows(ptr, b, t, stride_b, stride_t):  # type: ignore[no-untyped-def]
+def _rows(ptr, b, t, stride_b, stride_t):
     """Pointers to the rows t of sequence b, (rows, 1)."""
     return ptr + b.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t
 
 
 @triton.jit
-def chunk_sums_tile(  # type: ignore[no-untyped-def]
+def chunk_sums_tile(
     n, tile, uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -53,7 +58,7 @@ def chunk_sums_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def output_tile(  # type: ignore[no-untyped-def]
+def output_tile(
     n, tile, uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -91,7 +96,7 @@ def output_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gate_backward_tile(  # type: ignore[no-untyped-def]
+def gate_backward_tile(
     n, tile, uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, partial_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -147,7 +152,7 @@ def gate_backward_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def values_backward_tile(  # type: ignore[no-untyped-def]
+def values_backward_tile(
     n, tile, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
@@ -193,7 +198,7 @@ def values_backward_tile(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _contract(  # type: ignore[no-untyped-def]
+def _contract(
     x, y, x_row, T,
     E: tl.constexpr, SILU: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -216,7 +221,7 @@ def _contract(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def contractions_tile(  # type: ignore[no-untyped-def]
+def contractions_tile(
     n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
@@ -263,10 +268,10 @@ def contractions_tile(  # type: ignore[no-untyped-def]
         place_lin = (chunk + row)[:, None] * L + feature[None, :]
         if tile < PAIRS + LINEAR:
             left = grad_attended_ptr + (chunk + row)[:, None] * E + step[None, :]
-            grad = _contract(left, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
-            tl.store(grad_lin_q_ptr + place_lin, grad.to(dtype))
+            grad_lin_q = _contract(left, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            tl.store(grad_lin_q_ptr + place_lin, grad_lin_q.to(dtype))
         else:
             t = g * C + row
             values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + step[None, :]
-            grad = _contract(values, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
-            tl.store(grad_lin_k_ptr + place_lin, grad.to(dtype))
+            grad_lin_k = _contract(values, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            tl.store(grad_lin_k_ptr + place_lin, grad_lin_k.to(dtype))

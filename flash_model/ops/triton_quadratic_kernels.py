@@ -4,6 +4,10 @@ Shape letters: P padded length of a sequence, S query/key, E values; R, K rows a
 a query. Sequences of a batch lie one behind the other, so (B, P, E) is addressed as (B·P, E); tiles never cross them.
 """
 
+# Kernels are Triton's, not Python's, to check.
+# mypy: allow-untyped-defs, allow-incomplete-defs, no-check-untyped-defs, no-warn-unreachable
+# mypy: disable-error-code="assignment,misc"
+
 import triton
 import triton.language as tl
 
@@ -13,13 +17,13 @@ GRAIN: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit
-def _masked(first_row, first_key, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _masked(first_row, first_key, CAUSAL: tl.constexpr):
     """Whether a tile is left unwritten because no tile of rows, of at most GRAIN, reads its keys."""
     return CAUSAL and first_key // GRAIN > first_row // GRAIN
 
 
 @triton.jit
-def prepare_kernel(  # type: ignore[no-untyped-def]
+def prepare_kernel(
     uvz_ptr, gamma_ptr, beta_ptr, cos_ptr, sin_ptr, heads_ptr, values_ptr, T, P, head_stride,
     E: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +60,7 @@ def prepare_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def scores_kernel(  # type: ignore[no-untyped-def]
+def scores_kernel(
     q_desc, k_desc, bias_ptr, doc_ptr, weights_ptr, B, T, P, row0, key0, strip_rows, strip_keys, scale,
     S: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -91,7 +95,7 @@ def scores_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attend_kernel(  # type: ignore[no-untyped-def]
+def attend_kernel(
     weights_desc, values_desc, uvz_ptr, out_ptr, T, P, row0, strip_rows, tiles,
     E: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -122,7 +126,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gate_backward_kernel(  # type: ignore[no-untyped-def]
+def gate_backward_kernel(
     grad_out_ptr, out_ptr, uvz_ptr, grad_uvz_ptr, grad_attended_ptr, T, P,
     E: tl.constexpr, S: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +149,7 @@ def gate_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def score_grads_kernel(  # type: ignore[no-untyped-def]
+def score_grads_kernel(
     grad_attended_desc, values_desc, weights_ptr, grad_scores_ptr, P, row0, key0, strip_rows, strip_keys,
     row_tiles, key_tiles,
     E: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -173,7 +177,7 @@ def score_grads_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _columns_product(  # type: ignore[no-untyped-def]
+def _columns_product(
     square_desc, right_desc, square_row, right_row, local_key, column, rows,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +190,7 @@ def _columns_product(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def key_grads_kernel(  # type: ignore[no-untyped-def]
+def key_grads_kernel(
     weights_desc, grad_scores_desc, grad_attended_desc, q_desc, uvz_ptr, grad_uvz_ptr, grad_k_ptr, T, P, row0, key0,
     strip_rows, tiles, scale,
     E: tl.constexpr, S: tl.constexpr, CAUSAL: tl.constexpr,
@@ -231,7 +235,7 @@ def key_grads_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def query_grads_kernel(  # type: ignore[no-untyped-def]
+def query_grads_kernel(
     grad_scores_desc, k_desc, grad_q_ptr, P, row0, key0, strip_rows, keys, scale, FIRST: tl.constexpr,
     S: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +259,7 @@ def query_grads_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def diagonals_kernel(  # type: ignore[no-untyped-def]
+def diagonals_kernel(
     grad_scores_ptr, sums_ptr, P, row0, key0, strip_rows, strip_keys, keys, lowest,
     CAUSAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -281,7 +285,7 @@ def diagonals_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def heads_backward_kernel(  # type: ignore[no-untyped-def]
+def heads_backward_kernel(
     grad_heads_ptr, uvz_ptr, gamma_ptr, cos_ptr, sin_ptr, grad_uvz_ptr, partial_ptr, T, P, head_stride,
     E: tl.constexpr, S: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
