@@ -20,6 +20,10 @@ from flash_model.positions import cos_sin
 class PlainGatedAttentionUnit(GatedAttentionUnit):
     """A causal FLASH layer without the op."""
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.expand.op_differentiates_bias = False
+
     def forward(
         self, x: Tensor, doc_ids: Tensor | None = None, rotation: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
@@ -32,7 +36,7 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         assert doc_ids is None
         assert rotation is not None
         assert T % C == 0
-        u_BTE, v_BTE, z_BTS = F.silu(self.expand(self.norm(x))).split([E, E, S], -1)
+        u_BTE, v_BTE, z_BTS = F.silu(self.project(x)[0]).split([E, E, S], -1)
         heads_BTHS = _rotate(z_BTS[:, :, None] * self.gamma + self.beta, *rotation)
         quad_q, quad_k, lin_q, lin_k = heads_BTHS.unflatten(1, (-1, C)).unbind(3)
         v_BGCE = v_BTE.unflatten(1, (-1, C))
