@@ -108,7 +108,7 @@ def _load_pair(ptr, mask, H: tl.constexpr):
     return tl.load(ptr, mask=mask, other=0.0), tl.load(ptr + H, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def heads_kernel(
     uvz_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
     quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, lin_q_ptr, lin_k_ptr,
@@ -156,7 +156,7 @@ def heads_kernel(
         _store_pair(own_k_ptr + place, x1, x2, mask, H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def scores_kernel(
     bias_ptr, doc_ptr, quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, weights_ptr, relu_ptr, T, G,
     S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -287,7 +287,7 @@ def _head_backward(
     return x1 * gamma1[None, :], x2 * gamma2[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def heads_backward_kernel(
     uvz_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
     grad_quad_q_ptr, grad_quad_k_ptr, grad_own_q_ptr, grad_own_k_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
@@ -354,7 +354,7 @@ def heads_backward_kernel(
     _store_pair(grad_uvz_ptr + grad_z, grad_z1, grad_z2, (t < T)[:, None] & present[None, :], H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "span"])
 def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, span, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     """sums (parts, columns), each of `span` rows of partial (rows, columns). Grid: (columns / COLUMNS, parts)."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -108,7 +108,7 @@ def _scan_slice(
     tl.store(carry_ptr + slice_.to(tl.int64) * width + column, carried, mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "G", "slices"])
 def forward_kernel(
     uvz_ptr, queries_ptr, keys_ptr, states_ptr, values_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
     left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
@@ -159,7 +159,7 @@ def forward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T", "G", "slices"])
 def backward_kernel(
     uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, keys_ptr, states_ptr, grad_uvz_ptr, grad_attended_ptr,
     grad_states_ptr, grad_scores_ptr, grad_lin_q_ptr, grad_lin_k_ptr, u_sums_ptr, v_sums_ptr,
@@ -224,7 +224,7 @@ def backward_kernel(
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def chunk_sums_kernel(
     uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -237,7 +237,7 @@ def chunk_sums_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def route_kernel(
     sums_ptr, doc_ptr, T, G, stride_g, width,
     C: tl.constexpr, REVERSE: tl.constexpr, FUTURE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
@@ -272,7 +272,7 @@ def route_kernel(
             carried = steps[ahead].to(tl.float32) + tl.where(keep, carried, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def output_kernel(
     uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -285,7 +285,7 @@ def output_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def gate_backward_kernel(
     uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, u_sums_ptr,
     T, G, stride_b, stride_t,
@@ -300,7 +300,7 @@ def gate_backward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "G"])
 def products_backward_kernel(
     uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
