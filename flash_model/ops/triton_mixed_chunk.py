@@ -52,7 +52,7 @@ class Launch(NamedTuple):
 
 
 # Chosen once, by timing on an H100, never at run time: the bits of a run do not depend on a race between candidates.
-# Blocks of E, L and S are upper bounds: halved until they divide it.
+# Blocks of E, L and S are upper bounds: halved until they divide it. Kernels over whole heads: warps for S ≤ 128.
 LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
     torch.bfloat16: {
         "heads": Launch({"ROWS": 32}, 4),
@@ -172,7 +172,8 @@ class _Call:
         for block, extent in extents.items():
             while block in blocks and extent % blocks[block]:
                 blocks[block] //= 2
-        return launch._replace(blocks=blocks)
+        wide = triton.next_power_of_2(self.S) // 128 if name.startswith("heads") else 1
+        return launch._replace(blocks=blocks, num_warps=launch.num_warps * max(1, wide))
 
     def block_pairs(self, launch: Launch) -> int:
         """How many blocks of scores a chunk has."""
