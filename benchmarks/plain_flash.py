@@ -14,7 +14,7 @@ from flash_model.config import ModelConfig
 from flash_model.gau import GatedAttentionUnit
 from flash_model.lm import FlashLM
 from flash_model.ops.heads import accumulation_dtype, toeplitz
-from flash_model.positions import cos_sin
+from flash_model.positions import cos_sin, rotate_heads
 
 
 class PlainGatedAttentionUnit(GatedAttentionUnit):
@@ -37,7 +37,7 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         assert rotation is not None
         assert T % C == 0
         u_BTE, v_BTE, z_BTS = F.silu(self.project(x)[0]).split([E, E, S], -1)
-        heads_BTHS = _rotate(z_BTS[:, :, None] * self.gamma + self.beta, *rotation)
+        heads_BTHS = rotate_heads(z_BTS[:, :, None] * self.gamma + self.beta, *rotation)
         quad_q, quad_k, lin_q, lin_k = heads_BTHS.unflatten(1, (-1, C)).unbind(3)
         v_BGCE = v_BTE.unflatten(1, (-1, C))
 
@@ -48,12 +48,6 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         earlier_BGSE = (sums_BGSE / tokens_before[:, None, None]).to(x.dtype)
         attended_BGCE = scores_BGCC @ v_BGCE + lin_q @ earlier_BGSE
         return x + self.contract(u_BTE * attended_BGCE.flatten(1, 2))
-
-
-def _rotate(x_BTHS: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x_BTHS.chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([(x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)], -1)
 
 
 class PlainFlashLM(FlashLM):

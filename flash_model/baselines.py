@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from flash_model.config import ModelFlops
-from flash_model.init import initialize
+from flash_model.config import ModelFlops, decided_head_scale
+from flash_model.init import build_initialized
 from flash_model.lm import ScaledSin, TiedEmbedding
 from flash_model.ops.heads import accumulation_dtype
-from flash_model.positions import cos_sin
+from flash_model.positions import cos_sin, rotate_heads
 
 FEED_FORWARD_MULTIPLE = 64  # the gated feed-forward's width is rounded up to it: 8/3 of d_model is no tile size
 
@@ -89,7 +89,7 @@ class TransformerConfig(BaseModel):
     @property
     def logit_scale(self) -> float:
         """`head_scale` with "auto" decided."""
-        return min(1.0, 256 / self.d_model) if self.head_scale == "auto" else self.head_scale
+        return decided_head_scale(self.head_scale, self.d_model)
 
 
 class TransformerLayer(nn.Module):
@@ -122,7 +122,7 @@ class TransformerLayer(nn.Module):
     def _attend(self, qkv: Tensor, rotation: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         q_BTHK, k_BTHK, v_BTHK = qkv.unflatten(-1, (3, self.config.n_heads, self.config.head_dim)).unbind(2)
         if rotation is not None:
-            q_BTHK, k_BTHK = _rotate(q_BTHK, *rotation), _rotate(k_BTHK, *rotation)
+            q_BTHK, k_BTHK = rotate_heads(q_BTHK, *rotation), rotate_heads(k_BTHK, *rotation)
         attended_BHTK = F.scaled_dot_product_attention(
             q_BTHK.transpose(1, 2),
             k_BTHK.transpose(1, 2),
@@ -131,12 +131,6 @@ class TransformerLayer(nn.Module):
             is_causal=self.config.causal and mask is None,
         )
         return attended_BHTK.transpose(1, 2).flatten(2)
-
-
-def _rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x_BTHK.chunk(2, -1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat([(x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)], -1)
 
 
 class TransformerLM(nn.Module):
@@ -196,13 +190,7 @@ def build_baseline(
     dtype: torch.dtype | None = None,
 ) -> TransformerLM:
     """Build and initialise the baseline of `config`, as `flash_model.lm.build_model` does FLASH."""
-    with torch.device("meta"):
-        model = TransformerLM(config).to(dtype or torch.float32)
-    device = torch.device(device or "cpu")
-    if device.type != "meta":
-        model.to_empty(device=device)
-        initialize(model, config, seed)
-    return model
+    return build_initialized(TransformerLM, config, seed=seed, device=device, dtype=dtype)
 
 
 def count_parameters(config: TransformerConfig) -> int:

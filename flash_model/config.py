@@ -11,6 +11,11 @@ from flash_model.ops.quadratic import quadratic_flops
 TOEPLITZ_POSITIONS = 512  # fewer positions than this learn one bias weight for each distance (paper, section 3)
 
 
+def decided_head_scale(head_scale: float | Literal["auto"], d_model: int) -> float:
+    """The factor on the logits; "auto" is min(1, 256 / d_model)."""
+    return min(1.0, 256 / d_model) if head_scale == "auto" else head_scale
+
+
 class ModelConfig(BaseModel):
     """A FLASH model. Frozen; unknown keys are errors. A default that is not the paper's is said to be ours."""
 
@@ -92,7 +97,7 @@ class ModelConfig(BaseModel):
     @property
     def logit_scale(self) -> float:
         """`head_scale` with "auto" decided."""
-        return min(1.0, 256 / self.d_model) if self.head_scale == "auto" else self.head_scale
+        return decided_head_scale(self.head_scale, self.d_model)
 
     @property
     def qk_heads(self) -> int:

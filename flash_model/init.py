@@ -1,7 +1,8 @@
 """Initial values: a pure function of (seed, parameter name)."""
 
 import hashlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,10 @@ class InitialScale(Protocol):
 
     @property
     def init_std(self) -> float: ...
+
+
+Config = TypeVar("Config", bound=InitialScale)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def initial_distribution(name: str, config: InitialScale) -> tuple[float, float]:
@@ -40,3 +45,24 @@ def initialize(model: nn.Module, config: InitialScale, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             values.normal_(mean, std, generator=generator)
         parameter.copy_(values)
+
+
+def build_initialized(
+    module: Callable[[Config], Model],
+    config: Config,
+    *,
+    seed: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> Model:
+    """Build the module of `config` on a device (None: the CPU) in dtype (None: float32), with its initial values.
+
+    On the device "meta" nothing is allocated nor drawn.
+    """
+    with torch.device("meta"):
+        model = module(config).to(dtype or torch.float32)
+    device = torch.device(device or "cpu")
+    if device.type != "meta":
+        model.to_empty(device=device)
+        initialize(model, config, seed)
+    return model

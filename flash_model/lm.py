@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from flash_model.config import ModelConfig
 from flash_model.embedding import embed
 from flash_model.gau import GatedAttentionUnit
-from flash_model.init import initialize
+from flash_model.init import build_initialized
 from flash_model.loss import linear_cross_entropy
 from flash_model.norms import build_norm
 from flash_model.positions import sinusoids
@@ -104,13 +104,7 @@ def build_model(
     Every initial value is a function of (seed, the parameter's name) alone, drawn on the CPU in float32: of no global
     random state, device or order. On the device "meta" nothing is allocated nor drawn.
     """
-    with torch.device("meta"):
-        model = FlashLM(config).to(dtype or torch.float32)
-    device = torch.device(device or "cpu")
-    if device.type != "meta":
-        model.to_empty(device=device)
-        initialize(model, config, seed)
-    return model
+    return build_initialized(FlashLM, config, seed=seed, device=device, dtype=dtype)
 
 
 def decayed_parameters(model: nn.Module) -> set[str]:

@@ -68,6 +68,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rotated
 
 
+def rotate_heads(x_BTHS: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for heads side by side, (B, T, H, S) by (T, S / 2) angles: differentiable, in x's dtype."""
+    x1, x2 = x_BTHS.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([(x1 * cos - x2 * sin).to(x1.dtype), (x2 * cos + x1 * sin).to(x1.dtype)], -1)
+
+
 def rotary_bias(a: Tensor, b: Tensor, extent: int, *, base: float) -> Tensor:
     """Return aᵀ R_i R_jᵀ b as a Toeplitz vector (2·extent − 1,): element j − i + extent − 1 is that of query i, key j.
 
