@@ -82,13 +82,23 @@ class _Following(NamedTuple):
         return Route(self.writes[..., None].to(dtype) / C, read[..., None], self.keep[..., None, None].to(dtype), order)
 
 
-def _follow(documents: Tensor, edge: Tensor, count: Tensor, doc_id: Tensor) -> _Following:
-    """Follow, chunk by chunk, the documents `edge` (B, G) that they hand on, after a state of count and doc_id (B,)."""
+def hand_on(edge: Tensor, count: Tensor, doc_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Follow the documents `edge` (B, G) that chunks hand on, after a state of count and doc_id (B,).
+
+    Returns, each (B, G): the document that arrives at a chunk, whether the chunk hands it on, and how many chunks up to
+    this one, it included, hold what it hands on.
+    """
     index = torch.arange(edge.shape[1], device=edge.device)
     arriving_id = torch.cat([doc_id[:, None], edge[:, :-1]], 1)
     keep = edge == arriving_id
     latest_start = torch.where(keep, -1, index).cummax(1).values
     handed_on = torch.where(latest_start < 0, count[:, None] + index + 1, index - latest_start + 1)
+    return arriving_id, keep, handed_on
+
+
+def _follow(documents: Tensor, edge: Tensor, count: Tensor, doc_id: Tensor) -> _Following:
+    """Follow, chunk by chunk, the documents `edge` (B, G) that they hand on, after a state of count and doc_id (B,)."""
+    arriving_id, keep, handed_on = hand_on(edge, count, doc_id)
     arriving_count = torch.cat([count[:, None], handed_on[:, :-1]], 1)
     chunks = torch.where(documents == arriving_id[..., None], arriving_count[..., None], 0)
     return _Following(documents == edge[..., None], chunks, keep, handed_on[:, -1])

@@ -61,3 +61,70 @@ def dot(a, b, acc):
 def rotate(x1, x2, cos, sin):
     """Rotate the pairs (x1, x2) by the angles of cos and sin; by their negatives with −sin."""
     return x1 * cos - x2 * sin, x2 * cos + x1 * sin
+
+
+@triton.jit
+def gated(u, attended):
+    """SiLU(u) · attended in float32, with u as `gate_input` has it; likewise attended's gradient of the output's."""
+    return silu(gate_input(u)) * attended.to(tl.float32)
+
+
+@triton.jit
+def gate_backward(u, out, grad_out):
+    """The gradient of u, in float32, of out = `gated`(u, attended): attended is not needed."""
+    u = gate_input(u)
+    return grad_out.to(tl.float32) * out.to(tl.float32) * (1.0 / u + 1.0 - sigmoid(u))
+
+
+@triton.jit
+def load_rows(ptr, inside, WHOLE: tl.constexpr):
+    """Load a block; where not WHOLE, rows that are not inside (rows, 1) are 0."""
+    if WHOLE:
+        return tl.load(ptr)
+    else:  # noqa: RET505
+        return tl.load(ptr, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, x, inside, WHOLE: tl.constexpr):
+    """Store a block in the pointers' dtype, where not WHOLE only the rows inside (rows, 1)."""
+    x = x.to(ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(ptr, x)
+    else:
+        tl.store(ptr, x, mask=inside)
+
+
+@triton.jit
+def rotated_head(a1, a2, gamma_ptr, beta_ptr, head: tl.constexpr, pair, present, cos, sin, S: tl.constexpr):
+    """RoPE(activation · gamma + beta) of one head, as its two halves."""
+    first = head * S + pair
+    second = first + S // 2
+    gamma1 = tl.load(gamma_ptr + first, mask=present, other=0.0).to(tl.float32)[None, :]
+    gamma2 = tl.load(gamma_ptr + second, mask=present, other=0.0).to(tl.float32)[None, :]
+    beta1 = tl.load(beta_ptr + first, mask=present, other=0.0).to(tl.float32)[None, :]
+    beta2 = tl.load(beta_ptr + second, mask=present, other=0.0).to(tl.float32)[None, :]
+    return rotate(a1 * gamma1 + beta1, a2 * gamma2 + beta2, cos, sin)
+
+
+@triton.jit
+def _add4(a, b, c, d, e, f, g, h):
+    return a + e, b + f, c + g, d + h
+
+
+@triton.jit
+def rotated_head_backward(
+    x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present,
+    head: tl.constexpr, HEADS: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one rotated head → that of the activation; its sums over the rows, gamma's and beta's, are stored."""
+    H: tl.constexpr = S // 2
+    x1, x2 = rotate(x1, x2, cos, -sin)
+    gamma_sum1, gamma_sum2, beta_sum1, beta_sum2 = tl.reduce((x1 * a1, x2 * a2, x1, x2), 0, _add4)
+    tl.store(partial + head * S, gamma_sum1, mask=present)
+    tl.store(partial + head * S + H, gamma_sum2, mask=present)
+    tl.store(partial + (HEADS + head) * S, beta_sum1, mask=present)
+    tl.store(partial + (HEADS + head) * S + H, beta_sum2, mask=present)
+    gamma1 = tl.load(gamma_ptr + head * S + pair, mask=present, other=0.0).to(tl.float32)
+    gamma2 = tl.load(gamma_ptr + head * S + H + pair, mask=present, other=0.0).to(tl.float32)
+    return x1 * gamma1[None, :], x2 * gamma2[None, :]

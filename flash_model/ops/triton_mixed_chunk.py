@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flash_model.ops.documents import hand_on
 from flash_model.ops.reference import Inputs
 from flash_model.ops.triton_mixed_chunk_heads import (
     column_sums_kernel,
@@ -25,6 +26,7 @@ from flash_model.ops.triton_mixed_chunk_heads import (
     quad_backward_kernel,
     scores_kernel,
 )
+from flash_model.ops.triton_mixed_chunk_launches import LAUNCHES, Launch
 from flash_model.ops.triton_mixed_chunk_pipeline import (
     backward_kernel,
     chunk_sums_kernel,
@@ -35,78 +37,6 @@ from flash_model.ops.triton_mixed_chunk_pipeline import (
     route_kernel,
 )
 from flash_model.positions import frequencies
-
-
-class Launch(NamedTuple):
-    """How a kernel is launched: its block sizes, warps and pipeline stages."""
-
-    blocks: dict[str, int]
-    num_warps: int
-    num_stages: int = 1
-    registers: int | None = None  # the most that a thread may have: fewer registers, more programs at a time
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the launch."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
-
-
-# Chosen once, by timing on an H100, never at run time: the bits of a run do not depend on a race between candidates.
-# Blocks of E, L and S are upper bounds: halved until they divide it. Kernels over whole heads: warps for S ≤ 128.
-LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
-    torch.bfloat16: {
-        "heads": Launch({"ROWS": 32}, 4),
-        "scores": Launch({"ROWS": 128}, 4),
-        "forward": Launch(
-            {
-                "SLICE": 4, "BLOCK": 2048, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
-                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
-            },
-            8, 3, 128,
-        ),
-        "backward": Launch(
-            {
-                "SLICE": 5, "BLOCK": 4096, "BLOCK_L": 128, "GATE_E": 64, "GATE_STEP": 64,
-                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
-            },
-            8, 3, 128,
-        ),
-        "chunk_sums": Launch({"BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3),
-        "route": Launch({"BLOCK": 1024, "AHEAD": 8}, 4),
-        "output": Launch({"ROWS": 128, "BLOCK_E": 64, "STEP": 64, "STAGES": 3}, 4, 3, 168),
-        "gate_backward": Launch({"BLOCK_L": 128, "BLOCK_E": 64, "STEP": 64, "STAGES": 2}, 4, 2),
-        "products_backward": Launch(
-            {"ROWS": 128, "BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3, 128
-        ),
-        "quad_backward": Launch({"ROWS": 128, "BLOCK_S": 128, "STEP": 64, "STAGES": 3}, 8, 3),
-        "heads_backward": Launch({"ROWS": 8}, 1),
-    },
-    torch.float32: {
-        "heads": Launch({"ROWS": 32}, 4),
-        "scores": Launch({"ROWS": 64}, 8),
-        "forward": Launch(
-            {
-                "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 64, "SUMS_E": 64, "SUMS_STEP": 32,
-                "ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1,
-            },
-            4,
-        ),
-        "backward": Launch(
-            {
-                "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 64, "GATE_E": 64, "GATE_STEP": 32,
-                "ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1,
-            },
-            4,
-        ),
-        "chunk_sums": Launch({"BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "route": Launch({"BLOCK": 1024, "AHEAD": 8}, 4),
-        "output": Launch({"ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "gate_backward": Launch({"BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "products_backward": Launch({"ROWS": 64, "BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "quad_backward": Launch({"ROWS": 64, "BLOCK_S": 64, "STEP": 32, "STAGES": 1}, 4),
-        "heads_backward": Launch({"ROWS": 32}, 4),
-    },
-}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=16)
@@ -130,15 +60,11 @@ class _Call:
     C: int
     S: int
     E: int
-    docs: bool
-    two: bool  # bidirectional with documents: one route from before, one from behind
-    total: bool  # bidirectional without: every chunk reads the sum of all
 
     @classmethod
     def of(cls, inputs: Inputs) -> "_Call":
         B, T, width = inputs.uvz.shape
         S, C = inputs.gamma.shape[1], inputs.chunk_size
-        docs = inputs.doc_ids is not None
         inputs = inputs._replace(
             uvz=inputs.uvz if inputs.uvz.stride(2) == 1 else inputs.uvz.contiguous(),
             gamma=inputs.gamma.contiguous(),
@@ -147,8 +73,16 @@ class _Call:
             doc_ids=None if inputs.doc_ids is None else inputs.doc_ids.contiguous(),
             state_sum=None if inputs.state_sum is None else inputs.state_sum.contiguous(),
         )
-        two, total = docs and not inputs.causal, not docs and not inputs.causal
-        return cls(inputs, B, T, -(-T // C), C, S, (width - S) // 2, docs, two, total)
+        return cls(inputs, B, T, -(-T // C), C, S, (width - S) // 2)
+
+    @property
+    def docs(self) -> bool:
+        return self.inputs.doc_ids is not None
+
+    @property
+    def two(self) -> bool:
+        """Bidirectional with documents: one route from before, one from behind. Without, chunks read the sum of all."""
+        return self.docs and not self.inputs.causal
 
     @property
     def N(self) -> int:
@@ -175,10 +109,23 @@ class _Call:
         wide = triton.next_power_of_2(self.S) // 128 if name.startswith("heads") else 1
         return launch._replace(blocks=blocks, num_warps=launch.num_warps * max(1, wide))
 
-    def block_pairs(self, launch: Launch) -> int:
+    def score_tiles(self, launch: Launch) -> int:
         """How many blocks of scores a chunk has."""
         blocks = self.C // launch.blocks["ROWS"]
         return blocks * (blocks + 1) // 2 if self.inputs.causal else blocks * blocks
+
+    def sum_tiles(self, launch: Launch, block_e: str = "BLOCK_E") -> int:
+        """How many tiles a state, (L, E), has."""
+        return self.E // launch.blocks[block_e] * (self.L // launch.blocks["BLOCK_L"])
+
+    def value_tiles(self, launch: Launch) -> int:
+        """How many tiles a chunk's values, (C, E), have."""
+        return self.E // launch.blocks["BLOCK_E"] * (self.C // launch.blocks["ROWS"])
+
+    def product_tiles(self, launch: Launch) -> int:
+        """How many tiles the products of a chunk's backward pass have."""
+        linear = 2 * (self.C // launch.blocks["ROWS"]) * (self.L // launch.blocks["BLOCK_L"])
+        return self.score_tiles(launch) + linear + self.value_tiles(launch)
 
     @property
     def uvz_strides(self) -> tuple[int, int]:
@@ -186,7 +133,7 @@ class _Call:
 
     def state_strides(self, states: Tensor) -> tuple[int, int]:
         """Steps of a (B, G or 1, L, E) tensor by sequence and by chunk."""
-        return states.stride(0), 0 if self.total else states.stride(1)
+        return states.stride(0), states.stride(1) if states.shape[1] == self.G else 0
 
     def head_arguments(self) -> tuple[Any, ...]:
         inputs = self.inputs
@@ -233,7 +180,7 @@ def _make_heads(call: _Call, *, backward: bool) -> _Heads:
         WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], **launch.options(),
     )  # fmt: skip
     launch = call.launch("scores")
-    scores_kernel[(call.block_pairs(launch), N)](
+    scores_kernel[(call.score_tiles(launch), N)](
         inputs.bias, inputs.doc_ids, *heads[:4], keys if backward else queries[..., L:], relu, call.T, call.G,
         S=S, C=C, CAUSAL=inputs.causal, DOCS=call.docs, TRANSPOSED=backward, WIDTH=L + C, **launch.options(),
     )  # fmt: skip
@@ -284,27 +231,24 @@ def _pipeline(call: _Call, launch: Launch, *, leave: bool) -> _Pipeline:
     return _Pipeline(slices, counters, call.new(slices, call.S * call.E, dtype=torch.float32), left)
 
 
-def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return out (B, T, E), the states (B, G, S, E) and, with leave, the sum and count of the one that leaves."""
+def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return out (B, T, E), the states (B, G, S, E) and, with leave, the sum of the one that leaves."""
     inputs, launch = call.inputs, call.launch("forward")
     blocks = launch.blocks
     pipe = _pipeline(call, launch, leave=leave)
     width = call.S * call.E
     states, out = call.new(call.B, call.G, call.S, call.E), call.new(call.B, call.T, call.E)
     values = call.new(call.N, call.C, call.E)
-    count = call.new(call.B, dtype=torch.int64) if leave else None
-    programs = blocks["SLICE"] * (
-        call.E // blocks["SUMS_E"] * (call.S // blocks["BLOCK_L"])
-        + call.E // blocks["BLOCK_E"] * (call.C // blocks["ROWS"])
-    ) + triton.cdiv(width, blocks["BLOCK"])
+    sums, outputs = call.sum_tiles(launch, "SUMS_E"), call.value_tiles(launch)
+    programs = blocks["SLICE"] * (sums + outputs) + triton.cdiv(width, blocks["BLOCK"])
     forward_kernel[((pipe.slices + 2) * programs,)](
         inputs.uvz, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
-        pipe.left, count, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
+        pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
-        DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, HAS_INITIAL=inputs.state_sum is not None, LEAVE=leave,
+        DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, LEAVE=leave, SUMS=sums, OUTPUTS=outputs,
         **launch.options(),
     )  # fmt: skip
-    return out, states, pipe.left, count
+    return out, states, pipe.left
 
 
 def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
@@ -313,25 +257,18 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
     sizes = (call.T, call.G, *call.uvz_strides)
     extents = {"E": call.E, "L": call.L, "C": call.C, "WHOLE": call.whole}
     states, values = call.new(call.B, call.G, call.L, call.E), call.new(call.N, call.C, call.E)
-    tiles = call.E // launch.blocks["BLOCK_E"] * (call.L // launch.blocks["BLOCK_L"])
-    chunk_sums_kernel[(tiles, call.N)](inputs.uvz, heads.keys, values, states, *sizes, **extents, **launch.options())
+    chunk_sums_kernel[(call.sum_tiles(launch), call.N)](
+        inputs.uvz, heads.keys, values, states, *sizes, **extents, **launch.options()
+    )
     if call.two:
         _scan_routes(call, states, adjoint=False)
     else:
         states = _total(states)
     launch, out = call.launch("output"), call.new(call.B, call.T, call.E)
-    tiles = call.E // launch.blocks["BLOCK_E"] * (call.C // launch.blocks["ROWS"])
-    output_kernel[(tiles, call.N)](
-        inputs.uvz,
-        heads.queries,
-        states,
-        values,
-        out,
-        *sizes,
-        *call.state_strides(states),
-        **extents,
-        **launch.options(),
-    )
+    output_kernel[(call.value_tiles(launch), call.N)](
+        inputs.uvz, heads.queries, states, values, out, *sizes, *call.state_strides(states),
+        **extents, **launch.options(),
+    )  # fmt: skip
     return out, states
 
 
@@ -343,19 +280,29 @@ def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tens
     call = _Call.of(inputs)
     inputs = call.inputs
     heads = _make_heads(call, backward=False)
-    left = count = left_doc_id = None
-    if inputs.causal:
-        out, states, left, count = _forward_causal(call, heads, leave=return_state)
-    else:
+    if not inputs.causal:
         out, states = _forward_bidirectional(call, heads)
-    if return_state:
-        left_doc_id = call.new(call.B, dtype=torch.int64).zero_()
-        if inputs.doc_ids is not None:
-            left_doc_id.copy_(inputs.doc_ids[:, -1])
-    nothing, no_ids = (call.new(0, dtype=dtype) for dtype in (torch.float32, torch.int64))
-    if left is None or count is None or left_doc_id is None:
-        return out, nothing, no_ids, torch.empty_like(no_ids), states
-    return out, left, count, left_doc_id, states
+        return out, *_no_state(call), states
+    out, states, left = _forward_causal(call, heads, leave=return_state)
+    if left is None:
+        return out, *_no_state(call), states
+    return out, left, *_what_is_left(call), states
+
+
+def _no_state(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    return call.new(0, dtype=torch.float32), call.new(0, dtype=torch.int64), call.new(0, dtype=torch.int64)
+
+
+def _what_is_left(call: _Call) -> tuple[Tensor, Tensor]:
+    """Count and document (B,) of the state that leaves a sequence of whole chunks."""
+    inputs = call.inputs
+    edge = call.new(call.B, call.G, dtype=torch.int64).zero_()
+    if inputs.doc_ids is not None:
+        edge.copy_(inputs.doc_ids[:, call.C - 1 :: call.C])
+    count, doc_id = inputs.state_count, inputs.state_doc_id
+    if count is None or doc_id is None:
+        count, doc_id = torch.zeros_like(edge[:, 0]), edge[:, 0]
+    return hand_on(edge, count, doc_id)[2][:, -1].clone(), edge[:, -1].clone()
 
 
 class _Gradients(NamedTuple):
@@ -387,21 +334,18 @@ def _backward_causal(
     blocks = launch.blocks
     has_state = inputs.state_sum is not None
     pipe = _pipeline(call, launch, leave=has_state)
-    rows, width = call.C // blocks["ROWS"], call.S * call.E
-    grads = _new_gradients(call, rows)
+    width = call.S * call.E
+    grads = _new_gradients(call, call.C // blocks["ROWS"])
     grad_attended, grad_states = call.new(call.N, call.C, call.E), torch.empty_like(states)
-    linear = call.S // blocks["BLOCK_L"]
-    programs = blocks["SLICE"] * (
-        call.E // blocks["GATE_E"] * linear
-        + call.block_pairs(launch) + 2 * rows * linear + call.E // blocks["BLOCK_E"] * rows
-    ) + triton.cdiv(width, blocks["BLOCK"])  # fmt: skip
+    gates, tiles = call.sum_tiles(launch, "GATE_E"), call.product_tiles(launch)
+    programs = blocks["SLICE"] * (gates + tiles) + triton.cdiv(width, blocks["BLOCK"])
     backward_kernel[((pipe.slices + 2) * programs,)](
         inputs.uvz, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
         grads.scores, grads.lin_q, grads.lin_k, grads.u_sums, grads.v_sums, pipe.counters, pipe.carry, grad_left,
-        pipe.left, inputs.doc_ids, inputs.state_count, inputs.state_doc_id,
+        pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, S=call.S, L=call.L, C=call.C,
-        WHOLE=call.whole, DOCS=call.docs, HAS_STATE=has_state, HAS_INITIAL=grad_left is not None, LEAVE=has_state,
-        **launch.options(),
+        WHOLE=call.whole, DOCS=call.docs, HAS_STATE=has_state, HAS_INITIAL=grad_left is not None,
+        GATES=gates, TILES=tiles, **launch.options(),
     )  # fmt: skip
     return grads, pipe.left
 
@@ -411,11 +355,9 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
     sizes = (call.T, call.G, *call.uvz_strides)
     extents = {"E": call.E, "S": call.S, "L": call.L, "C": call.C, "WHOLE": call.whole}
     gate, products = call.launch("gate_backward"), call.launch("products_backward")
-    rows = call.C // products.blocks["ROWS"]
-    grads = _new_gradients(call, rows)
+    grads = _new_gradients(call, call.C // products.blocks["ROWS"])
     grad_attended, grad_states = call.new(call.N, call.C, call.E), call.new(call.B, call.G, call.L, call.E)
-    tiles = call.E // gate.blocks["BLOCK_E"] * (call.L // gate.blocks["BLOCK_L"])
-    gate_backward_kernel[(tiles, call.N)](
+    gate_backward_kernel[(call.sum_tiles(gate), call.N)](
         inputs.uvz, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
         **extents, **gate.options(),
     )  # fmt: skip
@@ -423,11 +365,11 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
         _scan_routes(call, grad_states, adjoint=True)
     else:
         grad_states = _total(grad_states)
-    tiles = rows * (rows + 2 * (call.L // products.blocks["BLOCK_L"]) + call.E // products.blocks["BLOCK_E"])
+    tiles = call.product_tiles(products)
     products_backward_kernel[(tiles, call.N)](
         inputs.uvz, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
         grads.scores, grads.weights, grads.lin_q, grads.lin_k, grads.v_sums, *sizes, *call.state_strides(states),
-        DOCS=call.docs, **extents, **products.options(),
+        DOCS=call.docs, TILES=tiles, **extents, **products.options(),
     )  # fmt: skip
     return grads
 

@@ -13,7 +13,7 @@ Shape letters: N = B·G chunks, C chunk, S query/key, L = S · routes, E values.
 import triton
 import triton.language as tl
 
-from flash_model.ops.triton_math import dot, rotate, silu, silu_derivative
+from flash_model.ops.triton_math import dot, rotated_head, rotated_head_backward, silu, silu_derivative
 
 
 @triton.jit
@@ -28,18 +28,6 @@ def _angles(starts_ptr, offsets_ptr, g, row, pair, present, H: tl.constexpr):
 
 
 @triton.jit
-def _head(a1, a2, gamma_ptr, beta_ptr, head: tl.constexpr, pair, present, cos, sin, S: tl.constexpr):
-    """RoPE(activation · gamma + beta) of one head, as its two halves."""
-    first = head * S + pair
-    second = first + S // 2
-    gamma1 = tl.load(gamma_ptr + first, mask=present, other=0.0).to(tl.float32)[None, :]
-    gamma2 = tl.load(gamma_ptr + second, mask=present, other=0.0).to(tl.float32)[None, :]
-    beta1 = tl.load(beta_ptr + first, mask=present, other=0.0).to(tl.float32)[None, :]
-    beta2 = tl.load(beta_ptr + second, mask=present, other=0.0).to(tl.float32)[None, :]
-    return rotate(a1 * gamma1 + beta1, a2 * gamma2 + beta2, cos, sin)
-
-
-@triton.jit
 def _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):
     """The two halves of z (rows, pairs); 0 behind the end of the sequence."""
     z = uvz_ptr + b.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + 2 * E + pair[None, :]
@@ -48,7 +36,7 @@ def _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr
 
 
 @triton.jit
-def _document(doc_ptr, b, t, T, DOCS: tl.constexpr):
+def document(doc_ptr, b, t, T, DOCS: tl.constexpr):
     """The document of position t; padding joins the last one."""
     if DOCS:
         return tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(t, T - 1)).to(tl.int64)
@@ -68,32 +56,32 @@ def _reading(
     ones = tl.full(t.shape, 1.0, tl.float32)
     read_past, read_future, own, write_past, write_future = ones / G, ones * 0.0, ones * 0.0, ones / C, ones * 0.0
     if CAUSAL or DOCS:
-        doc = _document(doc_ptr, b, t, T, DOCS)
-        before = _document(doc_ptr, b, tl.maximum(g * C - 1, 0), T, DOCS)
+        doc = document(doc_ptr, b, t, T, DOCS)
+        before = document(doc_ptr, b, tl.maximum(g * C - 1, 0), T, DOCS)
         other = tl.arange(0, G2)
         if DOCS:
-            ends = _document(doc_ptr, b, other * C + C - 1, T, DOCS)
+            ends = document(doc_ptr, b, other * C + C - 1, T, DOCS)
             past = tl.sum(((other < g) & (ends == before)).to(tl.int32), 0)
         else:
             past = g
         if HAS_STATE:
             state_doc = tl.load(state_doc_ptr + b)
-            continues = (g == 0) | (_document(doc_ptr, b, g * 0 + C - 1, T, DOCS) == state_doc)
+            continues = (g == 0) | (document(doc_ptr, b, g * 0 + C - 1, T, DOCS) == state_doc)
             before = tl.where(g == 0, state_doc, before)
             past += tl.where(continues & (before == state_doc), tl.load(state_count_ptr + b), 0).to(tl.int32)
         past = tl.where(doc == before, past, 0).to(tl.float32)
         total = past
         if not CAUSAL:
-            behind = _document(doc_ptr, b, tl.minimum(g + 1, G - 1) * C, T, DOCS)
-            begins = _document(doc_ptr, b, tl.minimum(other, G - 1) * C, T, DOCS)
+            behind = document(doc_ptr, b, tl.minimum(g + 1, G - 1) * C, T, DOCS)
+            begins = document(doc_ptr, b, tl.minimum(other, G - 1) * C, T, DOCS)
             future = tl.sum(((other > g) & (other < G) & (begins == behind)).to(tl.int32), 0)
             future = tl.where(doc == behind, future, 0).to(tl.float32)
             total = 1.0 + past + future
             own = 1.0 / (total * C)
             read_future = tl.where(future > 0, 1.0 / total, 0.0)
-            write_future = tl.where(doc == _document(doc_ptr, b, g * C, T, DOCS), ones / C, 0.0)
+            write_future = tl.where(doc == document(doc_ptr, b, g * C, T, DOCS), ones / C, 0.0)
         read_past = tl.where(past > 0, 1.0 / tl.maximum(total, 1.0), 0.0)
-        write_past = tl.where(doc == _document(doc_ptr, b, g * C + C - 1, T, DOCS), ones / C, 0.0)
+        write_past = tl.where(doc == document(doc_ptr, b, g * C + C - 1, T, DOCS), ones / C, 0.0)
     return read_past, read_future, own, write_past, write_future
 
 
@@ -135,21 +123,21 @@ def heads_kernel(
     z1, z2 = _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
     a1, a2 = silu(z1), silu(z2)
     cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
-    mask = (row < C)[:, None] & present[None, :]
+    mask = present[None, :]
     place = (n.to(tl.int64) * C + row)[:, None] * S + pair[None, :]
     place_q = (n.to(tl.int64) * C + row)[:, None] * WIDTH_Q + pair[None, :]
     place_k = (n.to(tl.int64) * C + row)[:, None] * WIDTH_K + pair[None, :]
 
-    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 0, pair, present, cos, sin, S)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 0, pair, present, cos, sin, S)
     _store_pair(quad_q_ptr + place, x1, x2, mask, H)
-    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
     _store_pair(quad_k_ptr + place, x1, x2, mask, H)
-    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 2, pair, present, cos, sin, S)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 2, pair, present, cos, sin, S)
     _store_pair(lin_q_ptr + place_q, x1 * read_past[:, None], x2 * read_past[:, None], mask, H)
     if TWO:
         _store_pair(lin_q_ptr + place_q + S, x1 * read_future[:, None], x2 * read_future[:, None], mask, H)
         _store_pair(own_q_ptr + place, x1 * own[:, None], x2 * own[:, None], mask, H)
-    x1, x2 = _head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
     _store_pair(lin_k_ptr + place_k, x1 * write_past[:, None], x2 * write_past[:, None], mask, H)
     if TWO:
         _store_pair(lin_k_ptr + place_k + S, x1 * write_future[:, None], x2 * write_future[:, None], mask, H)
@@ -174,26 +162,21 @@ def scores_kernel(
     query_block, key_block = pair_of_blocks(tl.program_id(0), BLOCKS, CAUSAL)
     query, key = query_block * ROWS + tl.arange(0, ROWS), key_block * ROWS + tl.arange(0, ROWS)
     if TRANSPOSED:
-        row, column = key, query
+        row, column, row_ptr, column_ptr = key, query, quad_k_ptr, quad_q_ptr
+        distance = row[:, None] - column[None, :]
     else:
-        row, column = query, key
+        row, column, row_ptr, column_ptr = query, key, quad_q_ptr, quad_k_ptr
+        distance = column[None, :] - row[:, None]
     chunk = n.to(tl.int64) * C
-    allowed = row[:, None] + column[None, :] >= 0
+    scores = _product(row_ptr, column_ptr, chunk + row, chunk + column, S) / C
+    scores += tl.load(bias_ptr + (distance + C - 1)).to(tl.float32)
+    allowed = distance < C
     if CAUSAL:
-        if TRANSPOSED:
-            allowed = row[:, None] <= column[None, :]
-        else:
-            allowed = row[:, None] >= column[None, :]
+        allowed = distance <= 0
     if DOCS:
-        row_doc = _document(doc_ptr, b, g * C + row, T, DOCS)
-        allowed = allowed & (row_doc[:, None] == _document(doc_ptr, b, g * C + column, T, DOCS)[None, :])
-    if TRANSPOSED:
-        scores = _product(quad_k_ptr, quad_q_ptr, chunk + row, chunk + column, S)
-        bias = tl.load(bias_ptr + (row[:, None] - column[None, :] + C - 1)).to(tl.float32)
-    else:
-        scores = _product(quad_q_ptr, quad_k_ptr, chunk + row, chunk + column, S)
-        bias = tl.load(bias_ptr + (column[None, :] - row[:, None] + C - 1)).to(tl.float32)
-    relu = tl.where(allowed, tl.maximum(scores / C + bias, 0.0), 0.0)
+        row_doc = document(doc_ptr, b, g * C + row, T, DOCS)
+        allowed = allowed & (row_doc[:, None] == document(doc_ptr, b, g * C + column, T, DOCS)[None, :])
+    relu = tl.where(allowed, tl.maximum(scores, 0.0), 0.0)
     weights = relu * relu
     if TWO:
         tl.store(relu_ptr + (chunk + row)[:, None] * C + column[None, :], relu.to(relu_ptr.dtype.element_ty))
@@ -265,28 +248,6 @@ def quad_backward_kernel(
         tl.store(grad_k_ptr + place, acc.to(grad_k_ptr.dtype.element_ty))
 
 
-@triton.jit
-def _add4(a, b, c, d, e, f, g, h):
-    return a + e, b + f, c + g, d + h
-
-
-@triton.jit
-def _head_backward(
-    x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, head: tl.constexpr, S: tl.constexpr
-):  # fmt: skip
-    """Gradient of one rotated head → that of the activation; its sums over the rows, gamma's and beta's, are stored."""
-    H: tl.constexpr = S // 2
-    x1, x2 = rotate(x1, x2, cos, -sin)
-    gamma_sum1, gamma_sum2, beta_sum1, beta_sum2 = tl.reduce((x1 * a1, x2 * a2, x1, x2), 0, _add4)
-    tl.store(partial + head * S, gamma_sum1, mask=present)
-    tl.store(partial + head * S + H, gamma_sum2, mask=present)
-    tl.store(partial + (4 + head) * S, beta_sum1, mask=present)
-    tl.store(partial + (4 + head) * S + H, beta_sum2, mask=present)
-    gamma1 = tl.load(gamma_ptr + head * S + pair, mask=present, other=0.0).to(tl.float32)
-    gamma2 = tl.load(gamma_ptr + head * S + H + pair, mask=present, other=0.0).to(tl.float32)
-    return x1 * gamma1[None, :], x2 * gamma2[None, :]
-
-
 @triton.jit(do_not_specialize=["T", "G"])
 def heads_backward_kernel(
     uvz_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
@@ -318,14 +279,18 @@ def heads_backward_kernel(
     partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
     place = (n.to(tl.int64) * C + row)[:, None] * S + pair[None, :]
     place_lin = (n.to(tl.int64) * C + row)[:, None] * L + pair[None, :]
-    here = present[None, :] & (row < C)[:, None]
+    here = present[None, :]
 
     x1, x2 = _load_pair(grad_quad_q_ptr + place, here, H)
     x1, x2 = x1.to(tl.float32) / C, x2.to(tl.float32) / C
-    grad_a1, grad_a2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, S)
+    grad_a1, grad_a2 = rotated_head_backward(
+        x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, 4, S
+    )  # fmt: skip
     x1, x2 = _load_pair(grad_quad_k_ptr + place, here, H)
     x1, x2 = x1.to(tl.float32) / C, x2.to(tl.float32) / C
-    x1, x2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, S)
+    x1, x2 = rotated_head_backward(
+        x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, 4, S
+    )  # fmt: skip
     grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
 
     x1, x2 = _load_pair(grad_lin_q_ptr + place_lin, here, H)
@@ -335,7 +300,9 @@ def heads_backward_kernel(
         x1, x2 = x1 + y1 * read_future[:, None], x2 + y2 * read_future[:, None]
         y1, y2 = _load_pair(grad_own_q_ptr + place, here, H)
         x1, x2 = x1 + y1 * own[:, None], x2 + y2 * own[:, None]
-    x1, x2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 2, S)
+    x1, x2 = rotated_head_backward(
+        x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 2, 4, S
+    )  # fmt: skip
     grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
 
     x1, x2 = _load_pair(grad_lin_k_ptr + place_lin, here, H)
@@ -345,7 +312,9 @@ def heads_backward_kernel(
         x1, x2 = x1 + y1 * write_future[:, None], x2 + y2 * write_future[:, None]
         y1, y2 = _load_pair(grad_own_k_ptr + place, here, H)
         x1, x2 = x1 + y1, x2 + y2
-    x1, x2 = _head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 3, S)
+    x1, x2 = rotated_head_backward(
+        x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 3, 4, S
+    )  # fmt: skip
 
     grad_z1, grad_z2 = (grad_a1 + x1) * silu_derivative(z1), (grad_a2 + x2) * silu_derivative(z2)
     tl.store(partial + 8 * S, tl.sum(grad_z1, 0), mask=present)

@@ -16,12 +16,12 @@ Shape letters: B batch, T time, G chunks, N = B·G, C chunk, S query/key, L = S 
 import triton
 import triton.language as tl
 
+from flash_model.ops.triton_mixed_chunk_heads import document
 from flash_model.ops.triton_mixed_chunk_products import (
     chunk_sums_tile,
-    contractions_tile,
     gate_backward_tile,
     output_tile,
-    values_backward_tile,
+    products_backward_tile,
 )
 
 
@@ -43,20 +43,15 @@ def _done(counter):
 @triton.jit
 def _handed_on(doc_ptr, state_doc_ptr, b, g, T, G, C: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr):
     """Whether chunk g hands on the document that arrives at it."""
-    keep = g >= 0
-    if DOCS:
-        last = tl.load(doc_ptr + b * T + tl.minimum(g * C + C - 1, T - 1))
-        keep = last == tl.load(doc_ptr + b * T + tl.maximum(g * C - 1, 0))
-        if HAS_STATE:
-            keep = tl.where(g == 0, last == tl.load(state_doc_ptr + b), keep)
-    elif HAS_STATE:
-        keep = (g > 0) | (tl.load(state_doc_ptr + b) == 0)
-    return keep
+    arriving = document(doc_ptr, b, tl.maximum(g * C - 1, 0), T, DOCS)
+    if HAS_STATE:
+        arriving = tl.where(g == 0, tl.load(state_doc_ptr + b), arriving)
+    return document(doc_ptr, b, g * C + C - 1, T, DOCS) == arriving
 
 
 @triton.jit
 def _scan_slice(
-    slice_, block, sums_ptr, carry_ptr, initial_ptr, left_ptr, left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
+    slice_, block, sums_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_doc_ptr,
     N, T, G, width, C: tl.constexpr, REVERSE: tl.constexpr, DOCS: tl.constexpr, HAS_STATE: tl.constexpr,
     HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -64,7 +59,7 @@ def _scan_slice(
 
     What arrives at a chunk is carried on, beside the chunk's own sum, where the chunk hands on the same document.
     REVERSE is the adjoint: the same from the other end. carry (slices, width), float32, goes from slice to slice; what
-    leaves a sequence goes to left (B, width), float32, its count to left_count (B,).
+    leaves a sequence goes to left (B, width), float32.
     """
     column = block * BLOCK + tl.arange(0, BLOCK)
     first = slice_ * SLICE
@@ -96,34 +91,23 @@ def _scan_slice(
         if LEAVE:
             ends = g == (0 if REVERSE else G - 1)
             tl.store(left_ptr + b * width + column, carried, mask=column < tl.where(ends, present, 0))
-            if left_count_ptr is not None:
-                if (block == 0) & ends & (i < N):
-                    count = tl.zeros([], tl.int64)
-                    if HAS_STATE:
-                        count += tl.load(state_count_ptr + b)
-                    for chunk in range(G):
-                        keep = _handed_on(doc_ptr, state_doc_ptr, b, n * 0 + chunk, T, G, C, DOCS, HAS_STATE)
-                        count = tl.where(keep, count, 0) + 1
-                    tl.store(left_count_ptr + b, count)
     tl.store(carry_ptr + slice_.to(tl.int64) * width + column, carried, mask=column < width)
 
 
 @triton.jit(do_not_specialize=["N", "T", "G", "slices"])
 def forward_kernel(
     uvz_ptr, queries_ptr, keys_ptr, states_ptr, values_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
-    left_count_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
+    doc_ptr, state_doc_ptr,
     N, T, G, slices, width, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, LEAVE: tl.constexpr, SUMS: tl.constexpr, OUTPUTS: tl.constexpr,
     SLICE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, SUMS_E: tl.constexpr, SUMS_STEP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Causal forward: chunk sums, scan, output. counters (2, slices) start at 0.
+    """Causal forward: for each chunk SUMS tiles of chunk sums, its scan, OUTPUTS tiles of output.
 
-    Grid: (slices + 2) · (programs of a slice).
+    counters (2, slices) are 0 at first. Grid: (slices + 2) · (programs of a slice).
     """
-    SUMS: tl.constexpr = (E // SUMS_E) * (L // BLOCK_L)
-    OUTPUTS: tl.constexpr = (E // BLOCK_E) * (C // ROWS)
     scans = tl.cdiv(width, BLOCK)
     group = tl.program_id(0) // (SLICE * SUMS + scans + SLICE * OUTPUTS)
     program = tl.program_id(0) % (SLICE * SUMS + scans + SLICE * OUTPUTS)
@@ -142,9 +126,8 @@ def forward_kernel(
             if slice_ > 0:
                 _wait(counters_ptr + slices + slice_ - 1, scans)
             _scan_slice(
-                slice_, program - SLICE * SUMS, states_ptr, carry_ptr, initial_ptr, left_ptr, left_count_ptr,
-                doc_ptr, state_count_ptr, state_doc_ptr, N, T, G, width, C, False, DOCS, HAS_STATE, HAS_INITIAL,
-                LEAVE, SLICE, BLOCK,
+                slice_, program - SLICE * SUMS, states_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_doc_ptr,
+                N, T, G, width, C, False, DOCS, HAS_STATE, HAS_STATE, LEAVE, SLICE, BLOCK,
             )  # fmt: skip
             _done(counters_ptr + slices + slice_)
     else:
@@ -163,21 +146,17 @@ def forward_kernel(
 def backward_kernel(
     uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, keys_ptr, states_ptr, grad_uvz_ptr, grad_attended_ptr,
     grad_states_ptr, grad_scores_ptr, grad_lin_q_ptr, grad_lin_k_ptr, u_sums_ptr, v_sums_ptr,
-    counters_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_count_ptr, state_doc_ptr,
+    counters_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_doc_ptr,
     N, T, G, slices, width, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
-    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, LEAVE: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_INITIAL: tl.constexpr, GATES: tl.constexpr, TILES: tl.constexpr,
     SLICE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_L: tl.constexpr, GATE_E: tl.constexpr, GATE_STEP: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Causal backward, from the last chunk to the first: gate, scan, gradient of v, everything that sums over E.
+    """Causal backward, from the last chunk to the first: GATES tiles of the gate, scan, TILES tiles of products.
 
     Grid and counters like forward's.
     """
-    GATES: tl.constexpr = (E // GATE_E) * (L // BLOCK_L)
-    BLOCKS: tl.constexpr = C // ROWS
-    CONTRACTIONS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2 + 2 * BLOCKS * (L // BLOCK_L)
-    TILES: tl.constexpr = CONTRACTIONS + (E // BLOCK_E) * BLOCKS
     scans = tl.cdiv(width, BLOCK)
     group = tl.program_id(0) // (SLICE * GATES + scans + SLICE * TILES)
     program = tl.program_id(0) % (SLICE * GATES + scans + SLICE * TILES)
@@ -197,31 +176,22 @@ def backward_kernel(
             if slice_ > 0:
                 _wait(counters_ptr + slices + slice_ - 1, scans)
             _scan_slice(
-                slice_, program - SLICE * GATES, grad_states_ptr, carry_ptr, initial_ptr, left_ptr, None,
-                doc_ptr, state_count_ptr, state_doc_ptr, N, T, G, width, C, True, DOCS, HAS_STATE, HAS_INITIAL,
-                LEAVE, SLICE, BLOCK,
+                slice_, program - SLICE * GATES, grad_states_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr,
+                state_doc_ptr, N, T, G, width, C, True, DOCS, HAS_STATE, HAS_INITIAL, HAS_STATE, SLICE, BLOCK,
             )  # fmt: skip
             _done(counters_ptr + slices + slice_)
     else:
         slice_ = group - 2
         program -= SLICE * GATES + scans
         i = slice_ * SLICE + program // TILES
-        tile = program % TILES
         if (slice_ >= 0) & (i < N):
             _wait(counters_ptr + slices + slice_, scans)
-            n = N - 1 - i
-            if tile < CONTRACTIONS:
-                contractions_tile(
-                    n, tile, uvz_ptr, keys_ptr, None, None, grad_attended_ptr, states_ptr, grad_states_ptr,
-                    grad_scores_ptr, None, grad_lin_q_ptr, grad_lin_k_ptr, T, G, stride_b, stride_t, G * width, width,
-                    E, S, L, C, True, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES,
-                )  # fmt: skip
-            else:
-                values_backward_tile(
-                    n, tile - CONTRACTIONS, uvz_ptr, keys_ptr, grad_attended_ptr, grad_states_ptr, grad_uvz_ptr,
-                    v_sums_ptr, T, G, stride_b, stride_t, G * width, width, E, S, L, C, True, WHOLE,
-                    ROWS, BLOCK_E, STEP, STAGES,
-                )  # fmt: skip
+            products_backward_tile(
+                N - 1 - i, program % TILES, uvz_ptr, keys_ptr, None, None, grad_attended_ptr, states_ptr,
+                grad_states_ptr, grad_uvz_ptr, grad_scores_ptr, None, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
+                T, G, stride_b, stride_t, G * width, width,
+                E, S, L, C, True, False, WHOLE, TILES, ROWS, BLOCK_L, BLOCK_E, STEP, STAGES,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "G"])
@@ -265,8 +235,8 @@ def route_kernel(
             tl.store(sums + g * stride_g, carried.to(sums_ptr.dtype.element_ty), mask=present)
             g = tl.minimum(tl.maximum(g, 0), G - 1)
             if FUTURE:
-                own = tl.load(doc_ptr + b * T + g * C)
-                keep = own == tl.load(doc_ptr + b * T + tl.minimum(g + 1, G - 1) * C)
+                arriving = document(doc_ptr, b, tl.minimum(g + 1, G - 1) * C, T, True)
+                keep = document(doc_ptr, b, g * C, T, True) == arriving
             else:
                 keep = _handed_on(doc_ptr, None, b, g, T, G, C, True, False)
             carried = steps[ahead].to(tl.float32) + tl.where(keep, carried, 0.0)
@@ -306,21 +276,13 @@ def products_backward_kernel(
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Bidirectional: gradient of v and everything that sums over E. Grid: (tiles of both, N)."""
-    BLOCKS: tl.constexpr = C // ROWS
-    CONTRACTIONS: tl.constexpr = BLOCKS * BLOCKS + 2 * BLOCKS * (L // BLOCK_L)
-    n = tl.program_id(1)
-    tile = tl.program_id(0)
-    if tile < CONTRACTIONS:
-        contractions_tile(
-            n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
-            grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, T, G, stride_b, stride_t,
-            states_b, states_g, E, S, L, C, False, DOCS, WHOLE, ROWS, BLOCK_L, STEP, STAGES,
-        )  # fmt: skip
-    else:
-        values_backward_tile(
-            n, tile - CONTRACTIONS, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, v_sums_ptr,
-            T, G, stride_b, stride_t, states_b, states_g, E, S, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
-        )  # fmt: skip
+    """Bidirectional. Grid: (TILES, N)."""
+    products_backward_tile(
+        tl.program_id(1), tl.program_id(0), uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr,
+        grad_sums_ptr, grad_uvz_ptr, grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
+        T, G, stride_b, stride_t, states_b, states_g,
+        E, S, L, C, False, DOCS, WHOLE, TILES, ROWS, BLOCK_L, BLOCK_E, STEP, STAGES,
+    )  # fmt: skip

@@ -14,8 +14,8 @@ weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attend
 import triton
 import triton.language as tl
 
-from flash_model.ops.triton_math import activate, dot, gate_input, sigmoid, silu_derivative
-from flash_model.ops.triton_mixed_chunk_heads import pair_of_blocks
+from flash_model.ops.triton_math import activate, dot, gate_backward, gated, load_rows, silu_derivative, store_rows
+from flash_model.ops.triton_mixed_chunk_heads import document, pair_of_blocks
 
 
 @triton.jit
@@ -42,11 +42,7 @@ def chunk_sums_tile(
     pre_activations = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
     values = values_ptr + chunk * E + step[:, None] * E + column[None, :]
     for first in tl.range(0, C, STEP, num_stages=STAGES):
-        if WHOLE:
-            v = tl.load(pre_activations)
-        else:
-            v = tl.load(pre_activations, mask=(g * C + first + step < T)[:, None], other=0.0)
-        v = activate(v)
+        v = activate(load_rows(pre_activations, (g * C + first + step < T)[:, None], WHOLE))
         if block_l == 0:
             tl.store(values, v)
         acc = dot(tl.load(lin_k), v, acc)
@@ -87,12 +83,8 @@ def output_tile(
 
     gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
     place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
-    if WHOLE:
-        u = gate_input(tl.load(gates))
-        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty))
-    else:
-        u = gate_input(tl.load(gates, mask=(t < T)[:, None], other=0.0))
-        tl.store(out_ptr + place, (u * sigmoid(u) * acc).to(out_ptr.dtype.element_ty), mask=(t < T)[:, None])
+    inside = (t < T)[:, None]
+    store_rows(out_ptr + place, gated(load_rows(gates, inside, WHOLE), acc), inside, WHOLE)
 
 
 @triton.jit
@@ -117,34 +109,20 @@ def gate_backward_tile(
     for first in tl.range(0, C, STEP, num_stages=STAGES):
         t = g * C + first + step
         inside = (t < T)[:, None]
-        gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
-        upstream = _rows(grad_out_ptr, b, t, T * E, E) + column[None, :]
-        if WHOLE:
-            u = gate_input(tl.load(gates))
-            grad = tl.load(upstream).to(tl.float32)
-        else:
-            u = gate_input(tl.load(gates, mask=inside, other=0.0))
-            grad = tl.load(upstream, mask=inside, other=0.0).to(tl.float32)
-        s = sigmoid(u)
+        u = load_rows(_rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :], inside, WHOLE)
+        grad_out = load_rows(_rows(grad_out_ptr, b, t, T * E, E) + column[None, :], inside, WHOLE)
         q = tl.load(lin_q)
-        grad_attended = (grad * u * s).to(q.dtype)
+        grad_attended = gated(u, grad_out).to(q.dtype)
         acc = dot(q, grad_attended, acc)
         lin_q += STEP * L
         if block_l == 0:
-            out = _rows(out_ptr, b, t, T * E, E) + column[None, :]
-            if WHOLE:
-                attended_gate = tl.load(out).to(tl.float32)
-            else:
-                attended_gate = tl.load(out, mask=inside, other=0.0).to(tl.float32)
-            grad_u = grad * attended_gate * (1.0 / u + 1.0 - s)
+            out = load_rows(_rows(out_ptr, b, t, T * E, E) + column[None, :], inside, WHOLE)
+            grad_u = gate_backward(u, out, grad_out)
             total += tl.sum(grad_u, 0)
-            downstream = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + column[None, :]
-            if WHOLE:
-                tl.store(downstream, grad_u.to(grad_uvz_ptr.dtype.element_ty))
-            else:
-                tl.store(downstream, grad_u.to(grad_uvz_ptr.dtype.element_ty), mask=inside)
-            place = n.to(tl.int64) * C * E + (first + step)[:, None] * E + column[None, :]
-            tl.store(grad_attended_ptr + place, grad_attended)
+            place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + column[None, :]
+            store_rows(place, grad_u, inside, WHOLE)
+            row = n.to(tl.int64) * C + first + step
+            tl.store(grad_attended_ptr + row[:, None] * E + column[None, :], grad_attended)
     place = n.to(tl.int64) * L * E + feature[:, None] * E + column[None, :]
     tl.store(grad_states_ptr + place, acc.to(grad_states_ptr.dtype.element_ty))
     if block_l == 0:
@@ -182,17 +160,12 @@ def values_backward_tile(
         base = tl.where(first < C, grads + first * E, sums + (first - C) * E)
         acc = dot(tl.load(keys + first), tl.load(base + step[:, None] * E + column[None, :]), acc)
 
-    if WHOLE:
-        v = tl.load(values)
-    else:
-        v = tl.load(values, mask=(t < T)[:, None], other=0.0)
+    inside = (t < T)[:, None]
     place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + E + column[None, :]
-    grad_v = acc * silu_derivative(v)
-    if WHOLE:
-        tl.store(place, grad_v.to(grad_uvz_ptr.dtype.element_ty))
-    else:
-        grad_v = tl.where((t < T)[:, None], grad_v, 0.0)
-        tl.store(place, grad_v.to(grad_uvz_ptr.dtype.element_ty), mask=(t < T)[:, None])
+    grad_v = acc * silu_derivative(load_rows(values, inside, WHOLE))
+    if not WHOLE:
+        grad_v = tl.where(inside, grad_v, 0.0)
+    store_rows(place, grad_v, inside, WHOLE)
     partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + first_row // ROWS) * E + column
     tl.store(partial, tl.sum(grad_v, 0))
 
@@ -208,11 +181,7 @@ def _contract(
     for _ in tl.range(0, E, STEP, num_stages=STAGES):
         other = tl.load(y)
         if SILU:
-            if WHOLE:
-                block = tl.load(x)
-            else:
-                block = tl.load(x, mask=(x_row < T)[:, None], other=0.0)
-            acc = dot(activate(block), tl.trans(other), acc)
+            acc = dot(activate(load_rows(x, (x_row < T)[:, None], WHOLE)), tl.trans(other), acc)
         else:
             acc = dot(tl.load(x), tl.trans(other), acc)
         x += STEP
@@ -225,7 +194,7 @@ def contractions_tile(
     n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
-    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+    E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
     WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """All that sums over E. A tile is one block of one of the following.
@@ -252,9 +221,8 @@ def contractions_tile(
         place = (chunk + key)[:, None] * C + query[None, :]
         if DOCS and not CAUSAL:
             relu = tl.load(relu_ptr + place).to(tl.float32)
-            key_doc = tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(t_key, T - 1))
-            query_doc = tl.load(doc_ptr + b.to(tl.int64) * T + tl.minimum(g * C + query, T - 1))
-            same = key_doc[:, None] == query_doc[None, :]
+            query_doc = document(doc_ptr, b, g * C + query, T, DOCS)
+            same = document(doc_ptr, b, t_key, T, DOCS)[:, None] == query_doc[None, :]
             tl.store(grad_weights_ptr + place, tl.where(same, grad, 0.0).to(dtype))
         else:
             # The weights are relu² and 0 where a query may not read.
@@ -275,3 +243,27 @@ def contractions_tile(
             values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + step[None, :]
             grad_lin_k = _contract(values, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
             tl.store(grad_lin_k_ptr + place_lin, grad_lin_k.to(dtype))
+
+
+@triton.jit
+def products_backward_tile(
+    n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
+    grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
+    T, G, stride_b, stride_t, states_b, states_g,
+    E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
+    WHOLE: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr,
+    STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One of the TILES of a chunk: of everything that sums over E, then of the gradient of v."""
+    CONTRACTIONS: tl.constexpr = TILES - (E // BLOCK_E) * (C // ROWS)
+    if tile < CONTRACTIONS:
+        contractions_tile(
+            n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+            grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, T, G, stride_b, stride_t,
+            states_b, states_g, E, L, C, CAUSAL, DOCS, WHOLE, ROWS, BLOCK_L, STEP, STAGES,
+        )  # fmt: skip
+    else:
+        values_backward_tile(
+            n, tile - CONTRACTIONS, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, v_sums_ptr,
+            T, G, stride_b, stride_t, states_b, states_g, E, S, L, C, CAUSAL, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
+        )  # fmt: skip

@@ -11,7 +11,15 @@ a query. Sequences of a batch lie one behind the other, so (B, P, E) is addresse
 import triton
 import triton.language as tl
 
-from flash_model.ops.triton_math import dot, gate_input, rotate, sigmoid, silu, silu_derivative
+from flash_model.ops.triton_math import (
+    dot,
+    gate_backward,
+    gated,
+    rotated_head,
+    rotated_head_backward,
+    silu,
+    silu_derivative,
+)
 
 GRAIN: tl.constexpr = tl.constexpr(256)
 
@@ -48,12 +56,7 @@ def prepare_kernel(
         angle = t[:, None] * H + pair[None, :]
         cos, sin = tl.load(cos_ptr + angle, mask=mask, other=0.0), tl.load(sin_ptr + angle, mask=mask, other=0.0)
         for head in tl.static_range(2):
-            here = head * S + pair
-            gamma1 = tl.load(gamma_ptr + here, mask=pair < H, other=0.0).to(tl.float32)[None, :]
-            gamma2 = tl.load(gamma_ptr + here + H, mask=pair < H, other=0.0).to(tl.float32)[None, :]
-            beta1 = tl.load(beta_ptr + here, mask=pair < H, other=0.0).to(tl.float32)[None, :]
-            beta2 = tl.load(beta_ptr + here + H, mask=pair < H, other=0.0).to(tl.float32)[None, :]
-            x1, x2 = rotate(a1 * gamma1 + beta1, a2 * gamma2 + beta2, cos, sin)
+            x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, head, pair, pair < H, cos, sin, S)
             target = heads_ptr + head * head_stride + row[:, None] * S + pair[None, :]
             tl.store(target, tl.where(there, x1, 0.0).to(heads_ptr.dtype.element_ty), mask=present)
             tl.store(target + H, tl.where(there, x2, 0.0).to(heads_ptr.dtype.element_ty), mask=present)
@@ -120,9 +123,8 @@ def attend_kernel(
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     mask = (row < T)[:, None]
     token = (b.to(tl.int64) * T + row)[:, None]
-    u = gate_input(tl.load(uvz_ptr + token * (2 * E + S) + column[None, :], mask=mask, other=0.0))
-    out = (u * sigmoid(u) * attended).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * E + column[None, :], out, mask=mask)
+    u = tl.load(uvz_ptr + token * (2 * E + S) + column[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + token * E + column[None, :], gated(u, attended).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -138,13 +140,12 @@ def gate_backward_kernel(
     mask = (t < T)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     token = (b.to(tl.int64) * T + t)[:, None]
-    grad_out = tl.load(grad_out_ptr + token * E + column, mask=mask, other=0.0).to(tl.float32)
-    out = tl.load(out_ptr + token * E + column, mask=mask, other=0.0).to(tl.float32)
-    u = gate_input(tl.load(uvz_ptr + token * (2 * E + S) + column, mask=mask, other=0.0))
-    gate = sigmoid(u)
-    grad_u = grad_out * out * (1.0 / u + 1.0 - gate)
+    grad_out = tl.load(grad_out_ptr + token * E + column, mask=mask, other=0.0)
+    out = tl.load(out_ptr + token * E + column, mask=mask, other=0.0)
+    u = tl.load(uvz_ptr + token * (2 * E + S) + column, mask=mask, other=0.0)
+    grad_u = gate_backward(u, out, grad_out)
     tl.store(grad_uvz_ptr + token * (2 * E + S) + column, grad_u.to(grad_uvz_ptr.dtype.element_ty), mask=mask)
-    grad_attended = (grad_out * u * gate).to(grad_attended_ptr.dtype.element_ty)
+    grad_attended = gated(u, grad_out).to(grad_attended_ptr.dtype.element_ty)
     tl.store(grad_attended_ptr + row[:, None] * E + column, grad_attended)
 
 
@@ -311,13 +312,9 @@ def heads_backward_kernel(
     for head in tl.static_range(2):
         source = grad_heads_ptr + head * head_stride + row[:, None] * S + pair[None, :]
         x1, x2 = tl.load(source, mask=mask, other=0.0), tl.load(source + H, mask=mask, other=0.0)
-        x1, x2 = rotate(x1, x2, cos, -sin)
-        tl.store(partial + head * S, tl.sum(x1 * a1, 0), mask=present)
-        tl.store(partial + head * S + H, tl.sum(x2 * a2, 0), mask=present)
-        tl.store(partial + (2 + head) * S, tl.sum(x1, 0), mask=present)
-        tl.store(partial + (2 + head) * S + H, tl.sum(x2, 0), mask=present)
-        grad1 += x1 * tl.load(gamma_ptr + head * S + pair, mask=present, other=0.0).to(tl.float32)[None, :]
-        grad2 += x2 * tl.load(gamma_ptr + head * S + H + pair, mask=present, other=0.0).to(tl.float32)[None, :]
+        x1, x2 = rotated_head_backward(x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, head, 2, S)
+        grad1 += x1
+        grad2 += x2
     dtype = grad_uvz_ptr.dtype.element_ty
     tl.store(grad_uvz_ptr + place, (grad1 * silu_derivative(z1)).to(dtype), mask=mask)
     tl.store(grad_uvz_ptr + place + H, (grad2 * silu_derivative(z2)).to(dtype), mask=mask)
