@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run; the same as run.resume=must")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
+    processes = None
     try:
         from launch.config import accumulation_steps, load_run_config
         from launch.engine import check_hostfile, start_processes
@@ -52,6 +53,8 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_EXIT_SECONDS)
+        if processes is not None:
+            processes.leave()  # threads of a group that is still there would abort this process at its exit
         return USER_ERROR_EXIT
 
 
