@@ -8,8 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
-from pipeline.config import StrictModel, load_config
 from pipeline.errors import UserError
+from pipeline.strict_yaml import StrictModel, load_config
 
 
 class RunSection(StrictModel):

@@ -1,26 +1,11 @@
-"""Configuration: YAML with bases and `key=value` overrides, checked whole; and the schema of a data preparation."""
+"""The configuration of a data preparation."""
 
-import difflib
-import json
-import types
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from pipeline.errors import UserError
-
-T = TypeVar("T", bound=BaseModel)
-Key = tuple[str | int, ...]
-
-_INTERPOLATION_PREFIX = "KeyError raised while resolving interpolation: "
-
-
-class StrictModel(BaseModel):
-    """A frozen pydantic model that refuses keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from pipeline.strict_yaml import StrictModel
 
 
 class TextSource(StrictModel):
@@ -32,7 +17,7 @@ class TextSource(StrictModel):
         description="Files, directories, globs or fsspec URLs (or `package:NAME/DIR`: files of an installed package)."
     )
     pattern: str = Field(
-        default="*.txt", description="Which files of a directory are read. .gz, .bz2 and .xz are unpacked."
+        default="*.txt", description="Which files of a directory are read. .gz, .bz2, .xz and .zst are unpacked."
     )
 
 
@@ -43,7 +28,7 @@ class JsonlSource(StrictModel):
     name: str = Field(default="jsonl", description="Names the source in document ids and in the manifest.")
     path: str | tuple[str, ...] = Field(description="Files, directories, globs, fsspec URLs or `package:NAME/DIR`.")
     pattern: str = Field(
-        default="*.jsonl*", description="Which files of a directory are read. .gz, .bz2 and .xz are unpacked."
+        default="*.jsonl*", description="Which files of a directory are read. .gz, .bz2, .xz and .zst are unpacked."
     )
     text_field: str = Field(default="text", description="The field that holds the document.")
     id_field: str | None = Field(
@@ -79,16 +64,85 @@ class DatasetsSource(StrictModel):
     )
 
 
-Source = Annotated[TextSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="type")]
+class HubSource(StrictModel):
+    """A dataset of the Hugging Face hub: one document a row of its parquet or JSON-lines files."""
+
+    type: Literal["hub"]
+    name: str = Field(default="hub", description="Names the source in document ids and in the manifest.")
+    path: str = Field(description="The repository (`owner/name`), or a local directory laid out like one.")
+    config: str | None = Field(default=None, description="The configuration (subset); null: the default one.")
+    revision: str | None = Field(
+        default=None,
+        description="The commit (or branch, tag, refs/convert/parquet) to read; required for a repository.",
+    )
+    split: str = Field(default="train", description="The repository's split to read.")
+    text_field: str = Field(default="text", description="The column that holds the document.")
+    id_field: str | None = Field(
+        default=None, description="The column that names the document; null: file and row number."
+    )
+    download: bool = Field(
+        default=False,
+        description="true: fetch the files into the `datasets` cache first (on a file system that all workers see); "
+        "false: workers read them where they lie. The bytes of the shards are the same.",
+    )
+
+
+Source = Annotated[TextSource | JsonlSource | ParquetSource | DatasetsSource | HubSource, Field(discriminator="type")]
+
+
+class NearDuplicates(StrictModel):
+    """MinHash over word n-grams: of documents that resemble an earlier one, only the earlier one stays."""
+
+    threshold: float = Field(default=0.8, gt=0, lt=1, description="Jaccard similarity from which documents are alike.")
+    permutations: int = Field(default=128, ge=16, description="Hash values a document is described by.")
+    ngram: int = Field(default=5, ge=1, description="Words in a row that count as one feature.")
 
 
 class Clean(StrictModel):
-    """What happens to a document's text before it is tokenized. Empty documents are always dropped and counted."""
+    """What happens to a document's text before it is tokenized, in this order; all of it off unless asked for.
 
+    Empty documents are always dropped; everything dropped is counted by reason in the manifest.
+    """
+
+    on_unreadable_file: Literal["error", "skip"] = Field(
+        default="error", description="skip: files, or parts of files, that cannot be read are left out, counted."
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error", description="skip: rows without the field, null or not JSON are left out, counted."
+    )
     on_invalid_utf8: Literal["error", "skip"] = Field(
         default="error", description="skip: such documents are left out, counted."
     )
     unicode: Literal["none", "NFC", "NFKC"] = Field(default="none", description="Unicode normalisation.")
+    function: str | None = Field(
+        default=None,
+        description="`package.module:function` of one's own, called with (document id, text); returns the text to "
+        "keep, or None to drop the document. The hash of its file counts as content.",
+    )
+    min_characters: int | None = Field(default=None, ge=1, description="Shorter documents are dropped.")
+    max_characters: int | None = Field(default=None, ge=1, description="Longer documents are dropped.")
+    min_letter_ratio: float | None = Field(
+        default=None, gt=0, le=1, description="Least fraction of letters (with marks) among characters but white space."
+    )
+    max_digit_ratio: float | None = Field(
+        default=None, ge=0, lt=1, description="Largest fraction of digits among characters but white space."
+    )
+    max_symbol_ratio: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="Largest fraction of characters that are no letter, mark, digit or white space.",
+    )
+    exact_duplicates: bool = Field(
+        default=False, description="true: of documents with the same text in all sources, only the first stays."
+    )
+    near_duplicates: NearDuplicates | None = Field(default=None, description="Given: near duplicates are dropped.")
+
+    @model_validator(mode="after")
+    def _lengths_are_in_order(self) -> "Clean":
+        if self.min_characters and self.max_characters and self.min_characters > self.max_characters:
+            raise ValueError(f"min_characters {self.min_characters} is more than max_characters {self.max_characters}")
+        return self
 
 
 class TrainTokenizer(StrictModel):
@@ -164,6 +218,17 @@ class Content(StrictModel):
         return _without_paths(self.model_dump(mode="json", exclude_none=True))
 
 
+class TaskResources(StrictModel):
+    """What Ray reserves for each task."""
+
+    num_cpus: float = Field(default=1.0, gt=0, description="Logical CPUs.")
+    memory_bytes: int | None = Field(default=None, ge=1, description="Memory Ray sets aside; null: not counted.")
+    resources: dict[str, float] = Field(
+        default_factory=dict, description="Custom resources of the cluster, by name: where tasks may run."
+    )
+    retries: int = Field(default=20, ge=0, description="How often a task is run again whose worker died.")
+
+
 class Execution(StrictModel):
     """How and where the work is done; the bytes do not depend on it."""
 
@@ -176,6 +241,10 @@ class Execution(StrictModel):
         description="An existing Ray cluster; null: RAY_ADDRESS if set, else a Ray of its own on this machine.",
     )
     object_store_bytes: int = Field(default=512 << 20, ge=80 << 20, description="Object store of a Ray of its own.")
+    task: TaskResources = TaskResources()
+    dropped_samples: int = Field(
+        default=0, ge=0, description="How many dropped documents of each reason are shown in dropped.jsonl."
+    )
 
 
 class PrepareConfig(StrictModel):
@@ -185,182 +254,10 @@ class PrepareConfig(StrictModel):
     execution: Execution
 
 
+_NOT_CONTENT = {"path", "download"}
+
+
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items() if key != "path"}
+        return {key: _without_paths(item) for key, item in value.items() if key not in _NOT_CONTENT}
     return [_without_paths(item) for item in value] if isinstance(value, list) else value
-
-
-def load_config(model: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
-    """Read a YAML file (its `base:` files first), apply `key=value` overrides, and check the whole against `model`.
-
-    `base` is one path or a list, relative to the file that names it. Types are strict: "8" is no integer.
-
-    Raises:
-        UserError: with every problem found, each with its dotted key, what was found and what is allowed.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    config = _read_yaml(Path(path), ())
-    problems: list[str] = []
-    overridden: list[str] = []
-    for override in overrides:
-        dotted_key, equals, _ = override.partition("=")
-        try:
-            if not equals or not all(dotted_key.split(".")):
-                raise ValueError("not of the form key=value (dotted key)")
-            value = OmegaConf.from_dotlist([f"value{override[len(dotted_key) :]}"])._get_node("value")
-            OmegaConf.update(config, dotted_key, value, merge=False)
-            overridden.append(dotted_key)
-        except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
-            problems.append(f"override {override!r}: {str(error).splitlines()[0]}")
-        except Exception as error:
-            if not type(error).__module__.startswith("yaml"):
-                raise
-            problems.append(f"override {override!r}: its value is not valid YAML")
-    data, unresolved = _resolve(config)
-    problems += [f"{_dotted(key)}: {message}" for key, message in unresolved.items()]
-    try:
-        # Checked as JSON, where a list is right for a tuple and a string for a path, but "8" is no number.
-        checked = model.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            key = _key_of(item["loc"], data)
-            # A list whose items are wrong also counts as too short.
-            if any(key[: len(bad)] == bad for bad in unresolved) or (item["type"] == "too_short" and item["input"]):
-                continue
-            dotted = _dotted(key)
-            origin = " (command line)" if any(dotted == o or dotted.startswith(f"{o}.") for o in overridden) else ""
-            problems.append(f"{dotted}{origin}: {_explain(model, key, item, data)}")
-    if problems:
-        count = f"{len(problems)} problem" + "s" * (len(problems) > 1)
-        raise UserError("\n  ".join([f"{path}: {count}", *problems]))
-    return checked
-
-
-def _read_yaml(path: Path, parents: tuple[Path, ...]) -> Any:
-    from omegaconf import DictConfig, ListConfig, OmegaConf
-
-    named_by = f" (base of {parents[-1]})" if parents else ""
-    if path.resolve() in (parent.resolve() for parent in parents):
-        raise UserError(f"{path}: is its own base: {' → '.join(str(p) for p in (*parents, path))}")
-    try:
-        config = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}{named_by}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}{named_by}: cannot be read: {error}") from None
-    except Exception as error:
-        if not type(error).__module__.startswith(("yaml", "omegaconf")):
-            raise
-        raise UserError(f"{path}{named_by}: not valid YAML: {error}") from None
-    if not isinstance(config, DictConfig):
-        raise UserError(f"{path}{named_by}: must be a mapping of keys to values")
-    bases = config.pop("base", None)
-    if bases is None:
-        return config
-    bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, ListConfig | list) or not all(isinstance(base, str) for base in bases):
-        raise UserError(f"{path}: base: must be one path or a list of paths")
-    merged = [_read_yaml(path.parent / base, (*parents, path)) for base in bases]
-    return OmegaConf.merge(*merged, config)
-
-
-def _resolve(config: Any) -> tuple[Any, dict[Key, str]]:
-    """Plain data with interpolations resolved; those that cannot be are None and reported by key."""
-    from omegaconf import DictConfig, ListConfig
-    from omegaconf.errors import OmegaConfBaseException
-
-    failed: dict[Key, str] = {}
-
-    def visit(node: Any, key: Key) -> Any:
-        if not isinstance(node, DictConfig | ListConfig):
-            return node
-        names: list[Any] = list(node.keys() if isinstance(node, DictConfig) else range(len(node)))
-        values: dict[Any, Any] = {}
-        for name in names:
-            try:
-                values[name] = visit(node[name], (*key, name))
-            except OmegaConfBaseException as error:
-                values[name] = None
-                failed[(*key, name)] = str(error).splitlines()[0].removeprefix(_INTERPOLATION_PREFIX)
-        return values if isinstance(node, DictConfig) else list(values.values())
-
-    return visit(config, ()), failed
-
-
-def _key_of(location: Sequence[str | int], data: Any) -> Key:
-    """The key of an error: pydantic's location without the names of union members, which the data does not hold."""
-    key: list[str | int] = []
-    for position, part in enumerate(location):
-        is_last = position == len(location) - 1
-        if isinstance(data, dict) and (part in data or is_last):
-            key.append(part)
-            data = data.get(part)
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
-            key.append(part)
-            data = data[part]
-    return tuple(key)
-
-
-def _dotted(key: Key) -> str:
-    return ".".join(str(part) for part in key) or "(top level)"
-
-
-def _explain(model: type[BaseModel], key: Key, item: Any, data: Any) -> str:
-    if item["type"] == "missing":
-        return "missing, and it has no default"
-    if item["type"] == "extra_forbidden":
-        return _explain_unknown(model, key, data)
-    message = str(item["msg"]).removeprefix("Value error, ")
-    found = item["input"]
-    if isinstance(found, dict | list):
-        return message if item["type"] == "value_error" else f"{message}; found a {type(found).__name__}"
-    return f"{message}; found {found!r}"
-
-
-def _explain_unknown(model: type[BaseModel], key: Key, data: Any) -> str:
-    siblings = sorted({name for owner in _models_at(model, key[:-1], data) for name in owner.model_fields})
-    near = difflib.get_close_matches(str(key[-1]), siblings, n=1)
-    if near:
-        return f"unknown key; did you mean {_dotted((*key[:-1], near[0]))}?"
-    elsewhere = [known for known in _known_keys(model, ()) if known[-1] == key[-1]]
-    if elsewhere:
-        return f"unknown key; did you mean {_dotted(elsewhere[0])}?"
-    return f"unknown key; known here: {', '.join(siblings)}"
-
-
-def _members(annotation: Any) -> Iterator[Any]:
-    """The types of an annotation without Annotated and unions around them."""
-    if get_origin(annotation) is Annotated:
-        yield from _members(get_args(annotation)[0])
-    elif get_origin(annotation) in (Union, types.UnionType):
-        for argument in get_args(annotation):
-            yield from _members(argument)
-    else:
-        yield annotation
-
-
-def _models_at(annotation: Any, key: Key, data: Any) -> Iterator[type[BaseModel]]:
-    """The models that may stand at `key`; of a union with a `type` key the one that the data names."""
-    for member in _members(annotation):
-        if isinstance(member, type) and issubclass(member, BaseModel):
-            tag = member.model_fields.get("type")
-            if tag is not None and isinstance(data, dict) and data.get("type") not in get_args(tag.annotation):
-                continue
-            if not key:
-                yield member
-            elif (field := member.model_fields.get(str(key[0]))) is not None:
-                below = data.get(key[0]) if isinstance(data, dict) else None
-                yield from _models_at(field.annotation, key[1:], below)
-        elif get_origin(member) in (tuple, list) and key and isinstance(key[0], int):
-            yield from _models_at(get_args(member)[0], key[1:], data[key[0]] if isinstance(data, list) else None)
-
-
-def _known_keys(model: type[BaseModel], prefix: Key) -> Iterator[Key]:
-    for name, field in model.model_fields.items():
-        yield (*prefix, name)
-        for member in _members(field.annotation):
-            if isinstance(member, type) and issubclass(member, BaseModel):
-                yield from _known_keys(member, (*prefix, name))

@@ -26,11 +26,12 @@ from typing import Any
 from pipeline import encode
 from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
 from pipeline.cluster import ray_cluster, run_tasks
-from pipeline.config import PrepareConfig, load_config
+from pipeline.config import PrepareConfig
 from pipeline.errors import UserError, run_command
 from pipeline.locations import SourceFile
 from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, ShardRecord, dataset_digest, read_manifest
 from pipeline.sources import Survey, cut_units, list_files
+from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
 
 LOG = "prepare.log"
@@ -127,7 +128,12 @@ class _Preparation:
         """Tie unfinished work to its inputs: what was made from others is never gone on with."""
         state, units = self.workspace / "inputs.json", self.workspace / "units"
         if any(units.glob("*.json")):
-            self._refuse_changes(json.loads(state.read_bytes()), inputs)
+            old = json.loads(state.read_bytes())
+            # A unit that is finished met no such error: what it holds is the same either way.
+            for key in ("on_unreadable_file", "on_bad_row", "on_invalid_utf8"):
+                if inputs["content"]["clean"][key] == "skip":
+                    old["content"]["clean"][key] = "skip"
+            self._refuse_changes(old, inputs)
         elif not state.exists() or json.loads(state.read_bytes()) != inputs:
             for entry in self.workspace.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import PrepareConfig, StrictModel, load_config
+from pipeline.config import PrepareConfig
 from pipeline.errors import UserError
+from pipeline.strict_yaml import StrictModel, load_config
 
 ROOT = Path(__file__).parents[2]
 

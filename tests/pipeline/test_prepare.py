@@ -338,7 +338,7 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"text:latin\.txt: not valid UTF-8 .*content\.clean\.on_invalid_utf8=skip"):
             prepare(make_config(sources=[source]))
         assert not (tmp_path / "data" / MANIFEST).exists()
-        # The advice works in the same directory: nothing was made yet that the old configuration could claim.
+        # The advice works in the same directory: the units that are finished met no such document.
         manifest = prepare(make_config(sources=[source], clean={"on_invalid_utf8": "skip"}))
         assert manifest["dropped"] == {"invalid_utf8": 1}
         (tmp_path / "data" / MANIFEST).unlink()
@@ -404,7 +404,8 @@ FULL_DISK = """
 import resource, sys
 from contextlib import nullcontext
 from pipeline import prepare
-from pipeline.config import PrepareConfig, load_config
+from pipeline.config import PrepareConfig
+from pipeline.strict_yaml import load_config
 from pipeline.errors import run_command
 prepare.ray_cluster = lambda execution: nullcontext(1)
 prepare.run_tasks = lambda function, jobs, workers: (function(*job) for job in jobs)
