@@ -1,0 +1,425 @@
+"""Speed of preparing data, with its peers: `python -m benchmarks.pipeline --corpus DIR [--json FILE] …`.
+
+The corpus (parquet files with a column of text) is repeated under other ids until it holds `--megabytes` of text. All
+rows encode the same documents with the same SentencePiece model in the same number of processes:
+
+- bare: `SentencePieceProcessor.encode` alone, documents already in memory: the ceiling.
+- this project: from the first task to the manifest: parquet read and hashed, tokens written, fsynced, hashed.
+- Megatron-LM: the loop that its `tools/preprocess_data.py` documents (a pool tokenizes JSON lines, one process adds to
+  an indexed dataset), written here from that description, since no package brings the script.
+- datatrove: its ParquetReader and DocumentTokenizer, one local task a process, where the package is installed. It knows
+  Hugging Face's tokenizers only: the model's pieces and scores are given to one of those.
+
+MB are 10^6 bytes of UTF-8 text. The cluster's start and the tokenizer's training are timed apart.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import markdown_table, number, write_results
+from pipeline.config import Content, PrepareConfig, TrainTokenizer
+from pipeline.errors import UserError, run_command
+
+_SAMPLE_SECONDS = 0.1
+_STAGE_BYTES = 30_000_000  # how much text the shares of one worker's time are taken from
+_DOCUMENTS_A_ROW_GROUP = 16
+_ROWS = (
+    ("SentencePiece alone", "bare"),
+    ("this project", "prepare"),
+    ("Megatron-LM's loop", "megatron"),
+    ("datatrove", "datatrove"),
+)
+_MEGATRON_CHUNK = 32  # documents handed to a process of the pool at once
+
+
+def repeat_corpus(corpus: Path, text_field: str, megabytes: float, target: Path) -> tuple[list[Path], int]:
+    """Write `corpus` again and again under other ids; returns the files and the bytes of text in them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    sources = sorted(corpus.rglob("*.parquet"))
+    if not sources:
+        raise UserError(f"--corpus: {corpus} holds no .parquet file")
+    schema = pyarrow.schema([("id", pyarrow.string()), ("text", pyarrow.large_string())])
+    target.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    written, turn, wanted = 0, 0, megabytes * 1e6
+    while written < wanted:
+        for source in sources:
+            if written >= wanted:
+                break
+            files.append(target / f"part-{turn:03d}-{source.stem}.parquet")
+            with parquet.ParquetWriter(files[-1], schema) as writer:
+                row = 0
+                for batch in parquet.ParquetFile(source).iter_batches(_DOCUMENTS_A_ROW_GROUP, columns=[text_field]):
+                    texts: list[str] = []
+                    for text in batch.column(0).to_pylist():
+                        if text and written < wanted:
+                            texts.append(text)
+                            written += len(text.encode())
+                    if texts:
+                        ids = [f"{turn}-{source.stem}-{row + i}" for i in range(len(texts))]
+                        writer.write_table(pyarrow.table([ids, texts], schema))
+                        row += len(texts)
+        turn += 1
+    return files, written
+
+
+def documents_of(files: Sequence[Path]) -> Iterator[str]:
+    """The texts of the repeated corpus."""
+    from pyarrow import parquet
+
+    for file in files:
+        for batch in parquet.ParquetFile(file).iter_batches(_DOCUMENTS_A_ROW_GROUP, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+
+
+def train_tokenizer_file(files: Sequence[Path], vocab_size: int, sample_bytes: int, target: Path) -> float:
+    """Train a unigram model on the first of the text; returns the seconds it took."""
+    from pipeline.tokenizer import train_tokenizer
+
+    def sample() -> Iterator[str]:
+        left = sample_bytes
+        for text in documents_of(files):
+            if left <= 0:
+                return
+            left -= len(text)
+            yield text
+
+    began = time.perf_counter()
+    target.write_bytes(
+        train_tokenizer(sample(), TrainTokenizer(vocab_size=vocab_size, num_threads=os.cpu_count() or 1))
+    )
+    return time.perf_counter() - began
+
+
+def _encode_bare(model: str, files: Sequence[Path], share: tuple[int, int], ready: Any, results: Any) -> None:
+    import sentencepiece
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
+    mine = [text for i, text in enumerate(documents_of(files)) if i % share[1] == share[0]]
+    ready.wait()
+    began = time.perf_counter()
+    tokens = sum(len(tokenizer.encode(text)) for text in mine)
+    results.put((time.perf_counter() - began, tokens, len(mine)))
+
+
+def measure_bare(model: Path, files: Sequence[Path], workers: int) -> dict[str, Any]:
+    """Encode in `workers` processes, each with its documents in memory before the clock starts."""
+    context = multiprocessing.get_context("spawn")
+    ready, results = context.Barrier(workers), context.Queue()
+    processes = [
+        context.Process(target=_encode_bare, args=(str(model), files, (i, workers), ready, results))
+        for i in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return {"seconds": max(item[0] for item in found), "tokens": sum(item[1] + item[2] for item in found)}
+
+
+class PeakMemory:
+    """Samples the resident memory of Ray's workers below this process; `bytes` is the largest of any one."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        import psutil
+
+        own = psutil.Process()
+        while not self._stop.wait(_SAMPLE_SECONDS):
+            for child in own.children(recursive=True):
+                try:
+                    if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::"):
+                        memory = child.memory_full_info()
+                        self.bytes = max(self.bytes, memory.uss)
+                except psutil.Error:
+                    continue
+
+
+def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Path) -> dict[str, Any]:
+    """Prepare the files with a Ray of its own that is up before the clock starts."""
+    import ray
+
+    from pipeline.prepare import prepare
+
+    config = PrepareConfig.model_validate(
+        {
+            "content": {
+                "sources": [{"type": "parquet", "path": [str(file) for file in files], "id_field": "id"}],
+                "tokenizer": {"path": str(model)},
+            },
+            "execution": {"output": output, "workers": workers},
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder, PeakMemory() as memory:
+        began = time.perf_counter()
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            object_store_memory=256 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            _temp_dir=folder,
+        )
+        cluster_seconds = time.perf_counter() - began
+        try:
+            began = time.perf_counter()
+            manifest = prepare(config)
+            seconds = time.perf_counter() - began
+        finally:
+            ray.shutdown()
+    return {
+        "seconds": seconds,
+        "tokens": sum(split["tokens"] for split in manifest["splits"].values()),
+        "stages": manifest["seconds"],
+        "cluster_seconds": cluster_seconds,
+        "peak_worker_bytes": memory.bytes,
+        "digest": manifest["digest"],
+    }
+
+
+def measure_shares(model: Path, files: Sequence[Path]) -> dict[str, float]:
+    """Seconds that one process spends on each part of `encode` for a piece of the corpus."""
+    from pipeline.locations import Document
+    from pipeline.order import derive_key, keyed_hash
+    from pipeline.shards import ShardWriter
+    from pipeline.sources import list_files, read_piece, survey
+    from pipeline.tokenizer import Tokenizer
+
+    content = Content.model_validate(
+        {
+            "sources": [{"type": "parquet", "path": [str(file) for file in files], "id_field": "id"}],
+            "tokenizer": {"path": str(model)},
+        }
+    )
+    seconds = dict.fromkeys(("hash", "read", "order", "tokenize", "write"), 0.0)
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        seconds[name] += time.perf_counter() - began
+
+    tokenizer, key, done = Tokenizer(model), derive_key("document order", 0), 0
+    with tempfile.TemporaryDirectory() as folder:
+        for file in list_files(content):
+            with timed("hash"):
+                found = survey(content, file)
+            for place, piece in enumerate(found.pieces):
+                with timed("read"):
+                    documents = [item for item in read_piece(content, piece) if isinstance(item, Document)]
+                with timed("order"):
+                    documents.sort(key=lambda item: keyed_hash(key, item.id))
+                with timed("tokenize"):
+                    encoded = _encode(tokenizer, documents)
+                with timed("write"), ShardWriter(Path(folder) / f"shard-{place:05d}", tokenizer.vocab_size) as writer:
+                    writer.append(np.concatenate(encoded), np.array([len(ids) for ids in encoded]))
+                done += piece.n_bytes
+                if done >= _STAGE_BYTES:
+                    return seconds
+    return seconds
+
+
+def _encode(tokenizer: Any, documents: Sequence[Any]) -> list[np.ndarray]:
+    return [np.array([*tokenizer.encode(item.data.decode()), tokenizer.eos_id], np.uint16) for item in documents]
+
+
+_megatron_tokenizer: Any = None
+
+
+def _start_megatron(model: str) -> None:
+    import sentencepiece
+
+    global _megatron_tokenizer
+    _megatron_tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
+
+
+def _encode_megatron(line: str) -> list[int]:
+    ids: list[int] = _megatron_tokenizer.encode(json.loads(line)["text"])
+    return [*ids, _megatron_tokenizer.eos_id()]
+
+
+def measure_megatron(model: Path, files: Sequence[Path], workers: int, folder: Path) -> dict[str, Any]:
+    """JSON lines → pool of `workers` → one indexed dataset, as Megatron-LM's preprocessing describes itself."""
+    from pipeline.shards import ShardWriter
+
+    lines, tokens = folder / "megatron.jsonl", 0
+    with open(lines, "w") as file:
+        for text in documents_of(files):
+            file.write(json.dumps({"text": text}) + "\n")
+    vocab_size = 1 << 15
+    began = time.perf_counter()
+    pool = multiprocessing.get_context("spawn").Pool(workers, _start_megatron, (str(model),))
+    with pool, open(lines) as file, ShardWriter(folder / "megatron", vocab_size) as writer:
+        for ids in pool.imap(_encode_megatron, file, _MEGATRON_CHUNK):
+            writer.append(np.array(ids), np.array([len(ids)]))
+            tokens += len(ids)
+    seconds = time.perf_counter() - began
+    lines.unlink()
+    return {"seconds": seconds, "tokens": tokens}
+
+
+def _write_fast_tokenizer(model: Path, target: Path) -> None:
+    import sentencepiece
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found, unused-ignore]
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    scored = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    tokenizer.save(str(target))
+
+
+def measure_datatrove(model: Path, files: Sequence[Path], workers: int, folder: Path) -> dict[str, Any] | None:
+    """datatrove's reader and tokenizer step in `workers` local tasks; None where it is not installed."""
+    try:
+        from datatrove.executor import LocalPipelineExecutor  # type: ignore[import-not-found, unused-ignore]
+        from datatrove.pipeline.readers import ParquetReader  # type: ignore[import-not-found, unused-ignore]
+        from datatrove.pipeline.tokens import DocumentTokenizer  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None
+    _write_fast_tokenizer(model, folder / "tokenizer.json")
+    output = folder / "datatrove"
+    began = time.perf_counter()
+    LocalPipelineExecutor(
+        pipeline=[
+            ParquetReader(str(files[0].parent), id_key="id"),
+            DocumentTokenizer(
+                str(output),
+                tokenizer_name_or_path=str(folder / "tokenizer.json"),
+                eos_token="</s>",
+                shuffle_documents=True,
+            ),
+        ],
+        tasks=workers,
+        workers=workers,
+        logging_dir=str(folder / "datatrove-logs"),
+    ).run()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "tokens": sum(file.stat().st_size for file in output.rglob("*.ds")) // 2}
+
+
+def report(results: dict[str, Any]) -> str:
+    """The tables of a run."""
+    megabytes, workers, bare = results["megabytes"], results["workers"], results["bare"]
+    rows = []
+    for name, key in _ROWS:
+        if (found := results.get(key)) is not None:
+            rows.append(
+                [
+                    name,
+                    number(found["seconds"]),
+                    number(megabytes / found["seconds"]),
+                    number(found["tokens"] / found["seconds"] / workers / 1e6, ",.2f"),
+                    number(100 * bare["seconds"] / found["seconds"], ",.0f"),
+                ]
+            )
+    lines = [
+        f"{results['machine']}; {results['date']}; {results['versions']}",
+        f"{megabytes:,.0f} MB of text in {results['documents']:,} documents, {workers} processes, unigram",
+        "",
+        markdown_table(["", "seconds", "MB/s", "M tokens/s per core", "% of SentencePiece alone"], rows),
+        "",
+    ]
+    if "datatrove" in results and results["datatrove"] is None:
+        lines += ["datatrove: not installed", ""]
+    prepared = results["prepare"]
+    stages = " · ".join(f"{name} {seconds:.1f} s" for name, seconds in prepared["stages"].items())
+    shares = results["shares"]
+    total = sum(shares.values())
+    lines += [
+        f"stages: {stages}; apart from these: cluster start {prepared['cluster_seconds']:.1f} s, "
+        f"tokenizer training {number(results['tokenizer_seconds'])} s",
+        "share of one worker's time: "
+        + " · ".join(f"{name} {100 * part / total:.1f} %" for name, part in shares.items()),
+    ]
+    for size, found in results["memory"].items():
+        lines.append(f"peak memory of a worker (unshared), {size} MB: {found / 2**20:,.0f} MiB")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser.add_argument("--corpus", metavar="DIR", type=Path, required=True, help="a directory of parquet files")
+    parser.add_argument("--text-field", default="text", help="the column that holds the document")
+    parser.add_argument("--megabytes", type=float, default=1000.0, help="how much text")
+    parser.add_argument("--small-megabytes", type=float, default=100.0, help="the second size for peak memory; 0: none")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tokenizer", metavar="MODEL", type=Path, help="default: a unigram model is trained")
+    parser.add_argument("--vocab-size", type=int, default=32_000)
+    parser.add_argument("--sample-bytes", type=int, default=50_000_000, help="text the tokenizer is trained on")
+    parser.add_argument("--no-peers", action="store_true", help="leave Megatron-LM's loop and datatrove out")
+    parser.add_argument("--folder", metavar="DIR", type=Path, help="where to work; default: a temporary directory")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the results")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        files, n_bytes = repeat_corpus(arguments.corpus, arguments.text_field, arguments.megabytes, folder / "corpus")
+        model, tokenizer_seconds = arguments.tokenizer, None
+        if model is None:
+            model = folder / "unigram.model"
+            tokenizer_seconds = train_tokenizer_file(files, arguments.vocab_size, arguments.sample_bytes, model)
+        workers = arguments.workers
+        results: dict[str, Any] = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "versions": ", ".join(f"{name} {metadata.version(name)}" for name in ("ray", "sentencepiece", "pyarrow")),
+            "command": "python -m benchmarks.pipeline " + " ".join(sys.argv[1:]),
+            "megabytes": n_bytes / 1e6,
+            "documents": sum(1 for _ in documents_of(files)),
+            "workers": workers,
+            "tokenizer_seconds": tokenizer_seconds,
+            "bare": measure_bare(model, files, workers),
+            "prepare": measure_prepare(model, files, workers, folder / "data"),
+            "shares": measure_shares(model, files),
+        }
+        if not arguments.no_peers:
+            results["megatron"] = measure_megatron(model, files, workers, folder)
+            results["datatrove"] = measure_datatrove(model, files, workers, folder)
+        results["memory"] = {f"{n_bytes / 1e6:,.0f}": results["prepare"]["peak_worker_bytes"]}
+        if arguments.small_megabytes:
+            few, small = repeat_corpus(
+                arguments.corpus, arguments.text_field, arguments.small_megabytes, folder / "small"
+            )
+            found = measure_prepare(model, few, workers, folder / "small-data")
+            results["memory"][f"{small / 1e6:,.0f}"] = found["peak_worker_bytes"]
+        print(report(results))
+        if arguments.json:
+            write_results(arguments.json, results)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
