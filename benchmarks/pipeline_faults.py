@@ -25,7 +25,8 @@ from pipeline.errors import run_command
 from pipeline.shards import MANIFEST
 
 _SECONDS_BETWEEN_KILLS = (0.1, 0.8)
-_SECONDS_BEFORE_RESTART = (4.0, 9.0)
+_KILLS_A_RUN = 12  # more could outlast the retries of one long task
+_SECONDS_BEFORE_RESTART = (3.0, 7.0)
 _RESTARTS = 3
 
 Fault = Callable[["subprocess.Popen[bytes]"], int]
@@ -56,7 +57,7 @@ class Faults:
         import psutil
 
         kills = 0
-        while job.poll() is None:
+        while job.poll() is None and kills < _KILLS_A_RUN:
             time.sleep(self.chance.uniform(*_SECONDS_BETWEEN_KILLS))
             try:
                 below = psutil.Process(job.pid).children(recursive=True)
@@ -66,6 +67,7 @@ class Faults:
                     kills += 1
             except psutil.Error:
                 continue
+        job.wait()
         return kills
 
     def kill_job(self, job: "subprocess.Popen[bytes]") -> int:
@@ -86,7 +88,8 @@ class Faults:
 
 def _is_busy_worker(process: Any) -> bool:
     command = process.cmdline()
-    return bool(command) and command[0].startswith("ray::") and not command[0].startswith("ray::IDLE")
+    # Without its agents a node ends: that is another fault.
+    return bool(command) and command[0].startswith("ray::") and "IDLE" not in command[0] and "Agent" not in command[0]
 
 
 def _start(config: str, overrides: list[str], output: Path, workers: int | None, address: str | None = None) -> Any:
