@@ -3,7 +3,7 @@
 The corpus (parquet files with a column of text) is repeated under other ids until it holds `--megabytes` of text. All
 rows encode the same documents with the same SentencePiece model in the same number of processes:
 
-- bare: `SentencePieceProcessor.encode` alone, documents already in memory: the ceiling.
+- SentencePiece alone: `SentencePieceProcessor.encode`, documents already in memory, ids as Python lists or as arrays.
 - this project: from the first task to the manifest: parquet read and hashed, tokens written, fsynced, hashed.
 - Megatron-LM: the loop that its `tools/preprocess_data.py` documents (a pool tokenizes JSON lines, one process adds to
   an indexed dataset), written here from that description, since no package brings the script.
@@ -14,6 +14,7 @@ MB are 10^6 bytes of UTF-8 text. The cluster's start and the tokenizer's trainin
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -23,7 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -40,6 +41,7 @@ _STAGE_BYTES = 30_000_000  # how much text the shares of one worker's time are t
 _DOCUMENTS_A_ROW_GROUP = 16
 _ROWS = (
     ("SentencePiece alone", "bare"),
+    ("SentencePiece alone, arrays", "bare_arrays"),
     ("this project", "prepare"),
     ("Megatron-LM's loop", "megatron"),
     ("datatrove", "datatrove"),
@@ -108,23 +110,25 @@ def train_tokenizer_file(files: Sequence[Path], vocab_size: int, sample_bytes: i
     return time.perf_counter() - began
 
 
-def _encode_bare(model: str, files: Sequence[Path], share: tuple[int, int], ready: Any, results: Any) -> None:
+def _encode_bare(
+    model: str, files: Sequence[Path], kind: str, share: tuple[int, int], ready: Any, results: Any
+) -> None:
     import sentencepiece
 
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=model)
     mine = [text for i, text in enumerate(documents_of(files)) if i % share[1] == share[0]]
     ready.wait()
     began = time.perf_counter()
-    tokens = sum(len(tokenizer.encode(text)) for text in mine)
+    tokens = sum(len(tokenizer.encode(text, out_type=int if kind == "list" else "numpy")) for text in mine)
     results.put((time.perf_counter() - began, tokens, len(mine)))
 
 
-def measure_bare(model: Path, files: Sequence[Path], workers: int) -> dict[str, Any]:
+def measure_bare(model: Path, files: Sequence[Path], kind: str, workers: int) -> dict[str, Any]:
     """Encode in `workers` processes, each with its documents in memory before the clock starts."""
     context = multiprocessing.get_context("spawn")
     ready, results = context.Barrier(workers), context.Queue()
     processes = [
-        context.Process(target=_encode_bare, args=(str(model), files, (i, workers), ready, results))
+        context.Process(target=_encode_bare, args=(str(model), files, kind, (i, workers), ready, results))
         for i in range(workers)
     ]
     for process in processes:
@@ -194,7 +198,8 @@ def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Pa
         cluster_seconds = time.perf_counter() - began
         try:
             began = time.perf_counter()
-            manifest = prepare(config)
+            with redirect_stdout(io.StringIO()):
+                manifest = prepare(config)
             seconds = time.perf_counter() - began
         finally:
             ray.shutdown()
@@ -304,11 +309,13 @@ def _write_fast_tokenizer(model: Path, target: Path) -> None:
 def measure_datatrove(model: Path, files: Sequence[Path], workers: int, folder: Path) -> dict[str, Any] | None:
     """datatrove's reader and tokenizer step in `workers` local tasks; None where it is not installed."""
     try:
+        import loguru  # type: ignore[import-not-found, unused-ignore]
         from datatrove.executor import LocalPipelineExecutor  # type: ignore[import-not-found, unused-ignore]
         from datatrove.pipeline.readers import ParquetReader  # type: ignore[import-not-found, unused-ignore]
         from datatrove.pipeline.tokens import DocumentTokenizer  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         return None
+    loguru.logger.disable("datatrove")
     _write_fast_tokenizer(model, folder / "tokenizer.json")
     output = folder / "datatrove"
     began = time.perf_counter()
@@ -401,7 +408,8 @@ def main() -> int:
             "documents": sum(1 for _ in documents_of(files)),
             "workers": workers,
             "tokenizer_seconds": tokenizer_seconds,
-            "bare": measure_bare(model, files, workers),
+            "bare": measure_bare(model, files, "list", workers),
+            "bare_arrays": measure_bare(model, files, "numpy", workers),
             "prepare": measure_prepare(model, files, workers, folder / "data"),
             "shares": measure_shares(model, files),
         }
