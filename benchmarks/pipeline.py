@@ -180,6 +180,7 @@ def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Pa
             "content": {
                 "sources": [{"type": "parquet", "path": [str(file) for file in files], "id_field": "id"}],
                 "tokenizer": {"path": str(model)},
+                "splits": {},
             },
             "execution": {"output": output, "workers": workers},
         }
