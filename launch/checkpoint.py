@@ -151,7 +151,8 @@ def check_compatible(checkpoint: Path, manifest: dict[str, Any], config: RunConf
     """Raise `UserError` that names all that differs, if the run of `config` cannot continue from `checkpoint`."""
     now, then = config.model_dump(mode="json"), manifest["config"]
     fixed = [("model", key) for key in now["model"]]
-    fixed += [("run", "seed"), ("data", "seq_len"), ("train", "tokens_per_step"), ("train", "precision")]
+    fixed += [("run", "seed"), ("data", "split"), ("data", "seq_len"), ("data", "masked_lm")]
+    fixed += [("train", "tokens_per_step"), ("train", "precision")]
     problems = [
         f"{section}.{key}: {then[section].get(key)} in the checkpoint, {now[section][key]} now"
         for section, key in fixed

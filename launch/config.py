@@ -1,5 +1,6 @@
 """The configuration of a run: every key of a run's YAML file, documented where it is declared."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
 from pipeline.errors import UserError
+from pipeline.masking import MaskedLM
 from pipeline.strict_yaml import StrictModel, load_config
 
 
@@ -32,15 +34,82 @@ class DatasetRef(StrictModel):
     split: str = Field(default="valid", description="split to read")
 
 
-class DataSection(StrictModel):
-    """What the model reads."""
+class MixtureComponent(StrictModel):
+    """A dataset of a mixture."""
 
-    path: Path = Field(description="dataset directory written by pipeline.prepare")
-    split: str = Field(default="train", description="split to train on")
+    path: Path = Field(description="dataset directory; all of a mixture have the same tokenizer")
+    split: str = Field(default="train", description="split to read")
+    weight: PositiveFloat = Field(
+        default=1.0,
+        description="share of the windows, relative to the other weights; exact over every block of at most 65,536",
+    )
+    name: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+$",
+        description="what messages and MLflow call it; default: the directory's name, -SPLIT behind it where not train",
+    )
+
+
+class DataSection(StrictModel):
+    """What the model reads: either `path` or `mixture`."""
+
+    path: Path | None = Field(default=None, description="dataset directory written by pipeline.prepare")
+    split: str = Field(default="train", description="split of `path` to train on")
+    mixture: tuple[MixtureComponent, ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="several datasets instead of `path`, each read in its own order and epochs; changed datasets or "
+        "weights are refused on resume",
+    )
     seq_len: PositiveInt = Field(description="tokens of a training window")
+    masked_lm: MaskedLM | None = Field(
+        default=None,
+        description="null: predict the next token (model.causal: true). A mapping, {} for BERT's 15 % (80 % mask, 10 % "
+        "random piece, 10 % kept): restore hidden tokens (model.causal: false); keys: fraction, mask, random",
+    )
+    prefetch: int = Field(
+        default=2, ge=0, description="steps prepared ahead by a thread, in pinned memory on GPUs; 0: none, no thread"
+    )
     validation: dict[str, DatasetRef] = Field(
         default_factory=dict, description="named sets to evaluate; metrics are called NAME/loss and so on"
     )
+
+    @property
+    def components(self) -> tuple[MixtureComponent, ...]:
+        """The mixture; `path` is a mixture of one."""
+        if self.mixture is not None:
+            return self.mixture
+        assert self.path is not None
+        return (MixtureComponent(path=self.path, split=self.split),)
+
+    def problems(self, *, causal: bool) -> list[str]:
+        """What does not fit together, with the model's direction too."""
+        found = []
+        if (self.path is None) == (self.mixture is None):
+            given = "neither is given" if self.path is None else "both are given"
+            found.append(f"data: {given}: set exactly one of data.path (one dataset) and data.mixture (several)")
+        if self.mixture is not None and self.split != "train":
+            found.append("data.split: belongs to data.path; give each dataset of data.mixture its own split")
+        names = [component_name(component) for component in self.mixture or ()]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            found.append(f"data.mixture: two datasets are called {', '.join(repeated)}: give each a `name` of its own")
+        if not causal and self.masked_lm is None:
+            found.append(
+                "model.causal: false cannot be trained to predict the next token; set it to true, or set "
+                "data.masked_lm ({} for BERT's 15 %)"
+            )
+        if causal and self.masked_lm is not None:
+            found.append(
+                "data.masked_lm: hidden tokens are restored from both sides; set model.causal to false, or "
+                "data.masked_lm to null"
+            )
+        return found
+
+
+def component_name(component: MixtureComponent) -> str:
+    """What messages and MLflow call a dataset of a mixture."""
+    suffix = "" if component.split == "train" else f"-{component.split}"
+    return component.name or re.sub(r"[^\w.-]", "_", f"{component.path.name}{suffix}")
 
 
 class TrainSection(StrictModel):
@@ -179,8 +248,7 @@ class RunConfig(StrictModel):
             problems.append(
                 f"model.norm_length: {self.model.norm_length} is shorter than data.seq_len {data.seq_len}; raise it"
             )
-        if not self.model.causal:
-            problems.append("model.causal: false cannot be trained to predict the next token; set it to true")
+        problems += data.problems(causal=self.model.causal)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -197,13 +265,21 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     data = config.data
-    validation = {name: ref.model_copy(update={"path": ref.path.absolute()}) for name, ref in data.validation.items()}
+    paths: dict[str, Any] = {"validation": {name: _absolute(ref) for name, ref in data.validation.items()}}
+    if data.mixture is None:
+        paths["path"] = data.components[0].path.absolute()
+    else:
+        paths["mixture"] = tuple(map(_absolute, data.mixture))
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
-            "data": data.model_copy(update={"path": data.path.absolute(), "validation": validation}),
+            "data": data.model_copy(update=paths),
         }
     )
+
+
+def _absolute(ref: Any) -> Any:
+    return ref.model_copy(update={"path": ref.path.absolute()})
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

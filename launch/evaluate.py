@@ -8,14 +8,22 @@ import torch.distributed as dist
 
 from launch.engine import Processes
 from pipeline.batches import Batch, evaluation_batches
+from pipeline.masking import MaskedLM
 from pipeline.shards import TokenDataset
 
 
 def evaluate(
-    engine: Any, dataset: TokenDataset, processes: Processes, *, seq_len: int, micro_batch: int
+    engine: Any,
+    dataset: TokenDataset,
+    processes: Processes,
+    *,
+    seq_len: int,
+    micro_batch: int,
+    masked_lm: MaskedLM | None = None,
 ) -> dict[str, float]:
     """Mean nats per token (`loss`), `perplexity`, and `bits_per_byte` over the UTF-8 bytes of the scored text.
 
+    With `masked_lm` the loss alone, over the hidden tokens: it is no likelihood of the text.
     Called by all processes; they make the same number of forward passes, as ZeRO-3 requires.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=processes.device)
@@ -27,6 +35,7 @@ def evaluate(
             batch_size=micro_batch,
             rank=processes.rank,
             world_size=processes.world_size,
+            masked_lm=masked_lm,
         ):
             scored = batch if batch is not None else _blank(seq_len)
             nats = engine(*to_device(scored, processes.device))
@@ -34,6 +43,8 @@ def evaluate(
     engine.train()
     dist.all_reduce(totals)
     nats, tokens = totals.tolist()
+    if masked_lm:
+        return {"loss": nats / tokens} if tokens else {}
     loss = nats / tokens
     return {
         "loss": loss,

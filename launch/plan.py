@@ -38,10 +38,15 @@ def plan_lines(
     except UserError as error:
         yield f"data        not ready: {error}"
     else:
-        windows = -(-training.n_tokens // data.seq_len)
-        epochs = config.steps * config.samples_per_step / windows
-        seen = f"{training.n_tokens:,} tokens, {epochs:.2f} epochs; digest {training.digest[:16]}"
-        yield f"data        {training.path}: {seen}"
+        samples = config.steps * config.samples_per_step
+        if len(training.components) > 1:
+            yield f"data        mixture of {len(training.components)}; digest {training.digest[:16]}"
+        for part, quota in zip(training.components, training.quotas, strict=True):
+            dataset, share = part.dataset, quota / training.block
+            epochs = samples * share / -(-dataset.n_tokens // data.seq_len)
+            seen = f"{dataset.n_tokens:,} tokens, {epochs:.2f} epochs; digest {dataset.digest[:16]}"
+            start = "data        " if len(training.components) == 1 else f"            {part.name}, {share:.4g} of it: "
+            yield f"{start}{dataset.path}: {seen}"
         for name, dataset in validation.items():
             yield f"            {name}: {dataset.n_tokens:,} tokens, {dataset.n_utf8_bytes:,} bytes"
     yield f"memory      GiB on each device, {train.precision}, by formula (temporary buffers come on top)"

@@ -23,14 +23,15 @@ SAMPLE_TOKENS = 120
 
 def write_report(config: RunConfig, path: Path, stage_seconds: dict[str, float]) -> None:
     """Write the markdown report of a finished run to `path`."""
-    training = TokenDataset.open(config.data.path, config.data.split)
+    (source,) = config.data.components
+    training = TokenDataset.open(source.path, source.split)
     name, ref = next(iter(config.data.validation.items()))
     held_out = TokenDataset.open(ref.path, ref.split)
     directory = RunDirectory(config.run.dir)
     scores = last_metrics(directory.metrics, f"{name}/")
     unigram, xz = unigram_bits_per_byte(training, held_out), xz_bits_per_byte(held_out)
     ours = scores["bits_per_byte"]
-    timings = json.loads((config.data.path / "manifest.json").read_text())["seconds"]
+    timings = json.loads((source.path / "manifest.json").read_text())["seconds"]
     store = config.tracking.uri or f"sqlite:///{config.run.dir / 'mlflow.db'}"
     run_dir = os.path.relpath(config.run.dir)
     model = config.model

@@ -18,7 +18,7 @@ from launch.checkpoint import (
     read_manifest,
     save_checkpoint,
 )
-from launch.config import RunConfig, accumulation_steps
+from launch.config import RunConfig, accumulation_steps, component_name
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import evaluate, to_device
 from launch.progress import Pace, progress_line, say
@@ -26,25 +26,61 @@ from launch.run_directory import RunDirectory
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
 from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
-from pipeline.batches import Batch, TrainingStream
+from pipeline.batches import DataState, TrainingStream
 from pipeline.errors import UserError
+from pipeline.masking import Corruption
+from pipeline.mixture import Component, Mixture
+from pipeline.prefetch import StepLoader
 from pipeline.shards import TokenDataset
 
 FINISHED, STOPPED, BAD_NUMBERS = 0, 75, 70
 """Exit statuses: last step reached; stopped cleanly and to be resumed; loss or gradient not finite, or no gradient."""
 
 
-def open_datasets(config: RunConfig) -> tuple[TokenDataset, dict[str, TokenDataset]]:
-    """The training split and the validation sets. Raises `UserError` if one is missing or does not fit the model."""
-    training = TokenDataset.open(config.data.path, config.data.split)
+def open_datasets(config: RunConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
+    """What is trained on, and the validation sets.
+
+    Raises `UserError` if one is missing or does not fit the model, the others or the masking.
+    """
+    components = [
+        Component(component_name(part), TokenDataset.open(part.path, part.split), part.weight)
+        for part in config.data.components
+    ]
+    training = Mixture(components)
     validation = {name: TokenDataset.open(ref.path, ref.split) for name, ref in config.data.validation.items()}
-    for dataset in (training, *validation.values()):
-        if dataset.vocab_size > config.model.vocab_size:
+    first = components[0].dataset
+    if first.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size:,} is smaller than the vocabulary of {first.path}, "
+            f"which has {first.vocab_size:,} pieces; set it to at least that"
+        )
+    for name, dataset in validation.items():
+        if dataset.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
-                f"model.vocab_size: {config.model.vocab_size:,} is smaller than the vocabulary of {dataset.path}, "
-                f"which has {dataset.vocab_size:,} pieces; set it to at least that"
+                f"data.validation.{name}: {dataset.path} has another tokenizer than {first.path}: prepare it with "
+                f"content.tokenizer.path={first.tokenizer_path}"
             )
+    if config.data.masked_lm:
+        Corruption(config.data.masked_lm, first)  # refuses a tokenizer without a mask piece
     return training, validation
+
+
+def open_stream(config: RunConfig, training: Mixture, state: DataState | None = None) -> TrainingStream:
+    """The samples of the run, from `state` on. Raises `UserError` if that is of other data."""
+    data = config.data
+    return TrainingStream(training, seq_len=data.seq_len, seed=config.run.seed, masked_lm=data.masked_lm, state=state)
+
+
+def open_steps(config: RunConfig, stream: TrainingStream, processes: Processes) -> StepLoader:
+    """This process's share of the steps of `stream`."""
+    return StepLoader(
+        stream,
+        samples_per_step=config.samples_per_step,
+        micro_batch=config.train.micro_batch,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        ahead=config.data.prefetch,
+    )
 
 
 def train(config: RunConfig, processes: Processes) -> int:
@@ -52,7 +88,7 @@ def train(config: RunConfig, processes: Processes) -> int:
     directory = RunDirectory(config.run.dir)
     training, validation = open_datasets(config)
     accumulation = accumulation_steps(config, processes.world_size)
-    resume_from = _choose_start(config, directory, processes)
+    resume_from = _choose_start(config, directory, training, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
@@ -60,12 +96,12 @@ def train(config: RunConfig, processes: Processes) -> int:
     tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
 
     engine = build_engine(config, processes)
-    stream = TrainingStream(training, seq_len=config.data.seq_len, seed=config.run.seed)
+    stream = open_stream(config, training)
     progress = Progress(0, 0, stream.state, attempt)
     if resume_from is not None:
         saved = load_checkpoint(resume_from, read_manifest(resume_from), engine, processes)
         progress = replace(saved, attempt=attempt)
-        stream = TrainingStream(training, seq_len=config.data.seq_len, seed=config.run.seed, state=progress.data)
+        stream = open_stream(config, training, progress.data)
         say(f"continuing from {resume_from.name}: {progress.tokens:,} tokens seen")
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
@@ -76,7 +112,7 @@ def train(config: RunConfig, processes: Processes) -> int:
             processes,
             config,
             progress,
-            tokenizer=training.tokenizer_path,
+            tokenizer=training.components[0].dataset.tokenizer_path,
             mlflow_run_id=tracker.run_id if tracker else None,
         )
         say(f"saved {path}")
@@ -87,7 +123,14 @@ def train(config: RunConfig, processes: Processes) -> int:
         micro_batch = config.evaluate.micro_batch or config.train.micro_batch
         for name, dataset in validation.items():
             started = time.monotonic()
-            scores = evaluate(engine, dataset, processes, seq_len=config.data.seq_len, micro_batch=micro_batch)
+            scores = evaluate(
+                engine,
+                dataset,
+                processes,
+                seq_len=config.data.seq_len,
+                micro_batch=micro_batch,
+                masked_lm=config.data.masked_lm,
+            )
             metrics = {f"{name}/{key}": value for key, value in scores.items()}
             listed = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             say(f"{name}: {listed}  ({dataset.n_tokens:,} tokens in {time.monotonic() - started:.0f} s)")
@@ -96,15 +139,14 @@ def train(config: RunConfig, processes: Processes) -> int:
 
     status, saved_step = FINISHED, progress.step if resume_from is not None else None
     outcome = "FAILED"
+    steps = open_steps(config, stream, processes)
     try:
         while progress.step < config.steps:
             pace.start_step()
-            samples = stream.take(config.samples_per_step)
-            batches = micro_batches(stream, samples, config, processes, accumulation)
-            targets = sum(int(batch.loss_mask.sum()) for batch in batches)
+            step = steps.next()
             reason = stop.reason
             # One sum over all processes: how many targets the step has, and whether anyone wants to stop.
-            targets, stopping = processes.total(targets, reason is not None)
+            targets, stopping = processes.total(step.targets, reason is not None)
             pace.data_ready()
             if stopping:
                 say(f"stopping: {_first(processes.gather(reason))}")
@@ -114,7 +156,7 @@ def train(config: RunConfig, processes: Processes) -> int:
             # DeepSpeed averages over processes and micro batches; the loss is a sum over the step's global targets.
             scale = processes.world_size * accumulation / max(targets, 1)
             nats = torch.zeros((), dtype=torch.float64, device=processes.device)
-            for position, batch in enumerate(batches):
+            for position, batch in enumerate(step.batches):
                 summed = engine(*to_device(batch, processes.device))
                 nats += summed.detach().double()
                 engine.backward(summed * scale)
@@ -123,20 +165,20 @@ def train(config: RunConfig, processes: Processes) -> int:
             dist.all_reduce(nats)
             loss = nats.item() / max(targets, 1)
             if not math.isfinite(loss):
-                status = _report_bad_numbers(progress, "loss", loss, samples)
+                status = _report_bad_numbers(progress, "loss", loss, step.samples)
                 break
             lr = learning_rate(config, progress.step)
             set_learning_rate(engine, lr)
             norm = update(engine)
             if not math.isfinite(norm):
-                status = _report_bad_numbers(progress, "gradient norm", norm, samples)
+                status = _report_bad_numbers(progress, "gradient norm", norm, step.samples)
                 break
             if norm == 0 and targets:
                 status = _report_no_gradient(progress, targets, compiled=config.train.compile)
                 break
             tokens_before = progress.tokens
             progress = replace(
-                progress, step=progress.step + 1, tokens=tokens_before + config.train.tokens_per_step, data=stream.state
+                progress, step=progress.step + 1, tokens=tokens_before + config.train.tokens_per_step, data=step.state
             )
             pace.end_step()
 
@@ -167,6 +209,7 @@ def train(config: RunConfig, processes: Processes) -> int:
             say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
         outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
     finally:
+        steps.close()
         if tracker and (message := tracker.close(outcome)):
             say(message)
     processes.barrier()
@@ -174,7 +217,7 @@ def train(config: RunConfig, processes: Processes) -> int:
     return status
 
 
-def _choose_start(config: RunConfig, directory: RunDirectory, processes: Processes) -> Path | None:
+def _choose_start(config: RunConfig, directory: RunDirectory, training: Mixture, processes: Processes) -> Path | None:
     """The checkpoint to continue from, agreed by all processes; None to start anew."""
 
     def choose() -> Path | None:
@@ -191,19 +234,12 @@ def _choose_start(config: RunConfig, directory: RunDirectory, processes: Process
                     "delete the directory to start anew"
                 )
             return None
-        check_compatible(checkpoint, read_manifest(checkpoint), config, processes.world_size)
+        manifest = read_manifest(checkpoint)
+        check_compatible(checkpoint, manifest, config, processes.world_size)
+        open_stream(config, training, DataState.from_dict(manifest["data"]))  # refuses other data
         return checkpoint
 
     return processes.once(choose)
-
-
-def micro_batches(
-    stream: TrainingStream, samples: list[int], config: RunConfig, processes: Processes, accumulation: int
-) -> list[Batch]:
-    """This process's share of a step's samples, cut into micro batches."""
-    size = config.train.micro_batch
-    starts = [(position * processes.world_size + processes.rank) * size for position in range(accumulation)]
-    return [stream.load(samples[start : start + size]) for start in starts]
 
 
 def _passed(every: int | None, before: int, now: int) -> bool:
@@ -229,7 +265,9 @@ def _first(reasons: list[str | None]) -> str:
     return next(reason for reason in reasons if reason)
 
 
-def _dataset_facts(training: TokenDataset, validation: dict[str, TokenDataset]) -> dict[str, dict[str, Any]]:
+def _dataset_facts(training: Mixture, validation: dict[str, TokenDataset]) -> dict[str, dict[str, Any]]:
+    parts = training.components
+    trained = {"training" if len(parts) == 1 else f"training/{part.name}": part.dataset for part in parts}
     return {
         context: {
             "name": f"{dataset.path.name}/{dataset.split}",
@@ -239,5 +277,5 @@ def _dataset_facts(training: TokenDataset, validation: dict[str, TokenDataset]) 
             "tokens": dataset.n_tokens,
             "utf8_bytes": dataset.n_utf8_bytes,
         }
-        for context, dataset in {"training": training, **validation}.items()
+        for context, dataset in {**trained, **validation}.items()
     }

@@ -1,13 +1,15 @@
 """Samples to batches: fixed windows of the token stream, their documents, and the order in which a run takes them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.errors import UserError
+from pipeline.masking import Corruption, MaskedLM
+from pipeline.mixture import Component, Mixture
 from pipeline.order import sample_position
 from pipeline.shards import TokenDataset
 
@@ -17,16 +19,37 @@ class Batch:
     """Windows of tokens, (B, T) each.
 
     Attributes:
-        tokens: int64, the inputs; `</s>` as an input opens the next document.
+        tokens: int64, the inputs; `</s>` as an input opens the next document. Masked LM: the targets, some of them
+            hidden.
         targets: int64, the next token of each; `</s>` as a target closes the document.
         doc_ids: int64, the target's document, numbered from 0 in each window, non-decreasing.
-        loss_mask: bool, False on padding, which is a document of its own.
+        loss_mask: bool, False on padding, which is a document of its own. Masked LM: True on the chosen tokens alone.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     doc_ids: torch.Tensor
     loss_mask: torch.Tensor
+
+    @classmethod
+    def allocate(cls, size: int, seq_len: int, *, pinned: bool = False) -> "Batch":
+        """Memory for a batch of `size` windows; pinned, a GPU copies from it while the CPU goes on."""
+        shape, kinds = (size, seq_len), (torch.int64, torch.int64, torch.int64, torch.bool)
+        return cls(*(torch.empty(shape, dtype=dtype, pin_memory=pinned) for dtype in kinds))
+
+    def rows(self) -> Iterator["_Row"]:
+        """The windows one by one, as arrays that share their memory."""
+        arrays = (self.tokens, self.targets, self.doc_ids, self.loss_mask)
+        return map(_Row._make, zip(*(tensor.numpy() for tensor in arrays), strict=True))
+
+
+class _Row(NamedTuple):
+    """A window, (T,) each; see `Batch`."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    doc_ids: np.ndarray
+    loss_mask: np.ndarray
 
 
 class Windows:
@@ -45,30 +68,33 @@ class Windows:
     def __len__(self) -> int:
         return -(-self.dataset.n_tokens // self.seq_len)
 
+    def fill(self, window: int, row: _Row) -> None:
+        """Write window number `window` into the memory of `row`: each token straight from the map to its two places."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} is not in range({len(self)})")
+        start = window * self.seq_len
+        stop = min(start + self.seq_len, self.dataset.n_tokens)
+        size = stop - start
+        self.dataset.read(start, stop, row.targets[:size])
+        if start:
+            self.dataset.read(start - 1, stop - 1, row.tokens[:size])
+        else:
+            row.tokens[0] = self.dataset.eos_id
+            self.dataset.read(0, stop - 1, row.tokens[1:size])
+        documents = self.dataset.document_numbers(start, stop, row.doc_ids[:size])
+        documents -= documents[0]
+        row.loss_mask[:size] = True
+        if size < self.seq_len:
+            row.tokens[size:] = row.targets[size:] = self.dataset.pad_id
+            row.doc_ids[size:] = documents[-1] + 1
+            row.loss_mask[size:] = False
+
     def load(self, indices: Sequence[int]) -> Batch:
         """The windows of these numbers, in this order."""
-        shape = len(indices), self.seq_len
-        tokens = np.full(shape, self.dataset.pad_id, np.int64)
-        targets = np.full(shape, self.dataset.pad_id, np.int64)
-        doc_ids = np.empty(shape, np.int64)
-        loss_mask = np.zeros(shape, np.bool_)
-        for row, window in enumerate(indices):
-            if not 0 <= window < len(self):
-                raise IndexError(f"window {window} is not in range({len(self)})")
-            start = window * self.seq_len
-            stop = min(start + self.seq_len, self.dataset.n_tokens)
-            size = stop - start
-            if start:
-                stream = self.dataset.read(start - 1, stop)
-                tokens[row, :size], targets[row, :size] = stream[:-1], stream[1:]
-            else:
-                stream = self.dataset.read(0, stop)
-                tokens[row, 0], tokens[row, 1:size], targets[row, :size] = self.dataset.eos_id, stream[:-1], stream
-            documents = self.dataset.document_numbers(start, stop)
-            doc_ids[row, :size] = documents - documents[0]
-            doc_ids[row, size:] = doc_ids[row, size - 1] + 1
-            loss_mask[row, :size] = True
-        return Batch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids, loss_mask)))
+        batch = Batch.allocate(len(indices), self.seq_len)
+        for window, row in zip(indices, batch.rows(), strict=True):
+            self.fill(window, row)
+        return batch
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,8 @@ class DataState:
     Attributes:
         next_sample: the first sample number not taken yet.
         skipped: half-open ranges of sample numbers that are never taken.
-        digest: of the dataset (64 hex digits).
+        digest: of the dataset or the mixture (64 hex digits).
+        datasets: a line for each, only to say what changed where the digest did; see `Mixture.describe`.
     """
 
     next_sample: int
@@ -86,42 +113,56 @@ class DataState:
     seed: int
     digest: str
     seq_len: int
+    datasets: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "skipped": [list(part) for part in self.skipped]}
+        return {**asdict(self), "skipped": [list(part) for part in self.skipped], "datasets": list(self.datasets)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "DataState":
         """The state that `to_dict` described."""
-        return cls(**{**data, "skipped": tuple((start, stop) for start, stop in data["skipped"])})
+        skipped = tuple((start, stop) for start, stop in data["skipped"])
+        return cls(**{**data, "skipped": skipped, "datasets": tuple(data.get("datasets", ()))})
 
 
 class TrainingStream:
     """The samples of a run, numbered from 0 over all epochs; which window a number means depends on nothing but
     (seed, digest, seq_len), so that ranks, micro batches and restarts never change what a step sees.
 
+    In a mixture each dataset has the order that it has alone, and counts its own epochs.
+
     Raises:
-        UserError: `state` belongs to another dataset, sequence length or seed.
+        UserError: `state` belongs to other datasets or shares, another sequence length or seed.
     """
 
-    def __init__(self, dataset: TokenDataset, *, seq_len: int, seed: int, state: DataState | None = None) -> None:
-        self._windows = Windows(dataset, seq_len)
-        self.windows_per_epoch = len(self._windows)
-        fresh = DataState(next_sample=0, skipped=(), seed=seed, digest=dataset.digest, seq_len=seq_len)
-        self._state = state or fresh
-        differences = [
-            f"{name} was {getattr(self._state, name)}, now {getattr(fresh, name)}"
-            for name in ("digest", "seq_len", "seed")
-            if getattr(self._state, name) != getattr(fresh, name)
-        ]
-        if differences:
-            raise UserError(
-                f"the run's data cannot go on where it stopped: {'; '.join(differences)}. Give back the old value, "
-                "or start a new run from the checkpoint's weights."
-            )
-        self._skipped = sorted(self._state.skipped)
-        self._next = self._state.next_sample
+    def __init__(
+        self,
+        data: TokenDataset | Mixture,
+        *,
+        seq_len: int,
+        seed: int,
+        masked_lm: MaskedLM | None = None,
+        state: DataState | None = None,
+    ) -> None:
+        self._mixture = data if isinstance(data, Mixture) else Mixture([Component(data.split, data)])
+        datasets = [component.dataset for component in self._mixture.components]
+        self._windows = [Windows(dataset, seq_len) for dataset in datasets]
+        self._corruption = Corruption(masked_lm, datasets[0], "training", seed) if masked_lm else None
+        fresh = DataState(
+            next_sample=0,
+            skipped=(),
+            seed=seed,
+            digest=self._mixture.digest,
+            seq_len=seq_len,
+            datasets=self._mixture.describe(),
+        )
+        if state is not None:
+            _refuse_changes(state, fresh)
+            fresh = replace(fresh, next_sample=state.next_sample, skipped=state.skipped)
+        self._state = fresh
+        self._skipped = sorted(fresh.skipped)
+        self._next = fresh.next_sample
 
     def take(self, n: int) -> list[int]:
         """The next `n` sample numbers that are not skipped; advances."""
@@ -140,31 +181,72 @@ class TrainingStream:
                 sample = stop
         return sample
 
-    def load(self, samples: Sequence[int]) -> Batch:
-        """The batch of these sample numbers, in this order."""
-        seed, digest = self._state.seed, self._state.digest
-        return self._windows.load(
-            [sample_position(sample, self.windows_per_epoch, seed=seed, digest=digest)[1] for sample in samples]
-        )
+    def position(self, sample: int) -> tuple[int, int]:
+        """(component of the mixture, window of its dataset) of a sample number."""
+        seed = self._state.seed
+        number, index = self._mixture.position(sample, seed=seed)
+        windows = self._windows[number]
+        return number, sample_position(index, len(windows), seed=seed, digest=windows.dataset.digest)[1]
+
+    def allocate(self, size: int, *, pinned: bool = False) -> Batch:
+        """Memory for a batch of `size` samples."""
+        return Batch.allocate(size, self._state.seq_len, pinned=pinned)
+
+    def load(self, samples: Sequence[int], out: Batch | None = None) -> Batch:
+        """The batch of these sample numbers, in this order; in the memory of `out` where it is given."""
+        batch = self.allocate(len(samples)) if out is None else out
+        for sample, row in zip(samples, batch.rows(), strict=True):
+            number, window = self.position(sample)
+            self._windows[number].fill(window, row)
+            if self._corruption:
+                self._corruption.apply(sample, row.tokens, row.targets, row.loss_mask)
+        return batch
 
     @property
     def state(self) -> DataState:
         """What a checkpoint has to keep."""
-        old = self._state
-        return DataState(self._next, old.skipped, seed=old.seed, digest=old.digest, seq_len=old.seq_len)
+        return replace(self._state, next_sample=self._next)
+
+
+def _refuse_changes(old: DataState, new: DataState) -> None:
+    differences = [
+        f"{name} was {getattr(old, name)}, now {getattr(new, name)}"
+        for name in ("digest", "seq_len", "seed")
+        if getattr(old, name) != getattr(new, name)
+    ]
+    if old.digest != new.digest:
+        differences += [f"gone: {line}" for line in old.datasets if line not in new.datasets]
+        differences += [f"new: {line}" for line in new.datasets if old.datasets and line not in old.datasets]
+    if differences:
+        raise UserError(
+            f"the run's data cannot go on where it stopped: {'; '.join(differences)}. Give back the old value, "
+            "or start a new run from the checkpoint's weights."
+        )
 
 
 def evaluation_batches(
-    dataset: TokenDataset, *, seq_len: int, batch_size: int, rank: int, world_size: int
+    dataset: TokenDataset,
+    *,
+    seq_len: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    masked_lm: MaskedLM | None = None,
 ) -> Iterator[Batch | None]:
     """This rank's windows of one pass over a split, in order, `batch_size` at a time (the last batch may be smaller).
 
     Windows are dealt to the ranks in turn. All ranks get the same number of items, None where one has no window left,
-    so that collectives match; over all ranks every token is scored exactly once.
+    so that collectives match; over all ranks every token is scored exactly once. Masked LM: every chosen token, and
+    what is chosen in a window depends on its number alone.
     """
     windows = Windows(dataset, seq_len)
+    corruption = Corruption(masked_lm, dataset, "evaluation") if masked_lm else None
     mine = range(rank, len(windows), world_size)
     longest = -(-len(windows) // world_size)
     for start in range(0, longest, batch_size):
         part = mine[start : start + batch_size]
-        yield windows.load(part) if part else None
+        batch = windows.load(part) if part else None
+        if batch and corruption:
+            for window, row in zip(part, batch.rows(), strict=True):
+                corruption.apply(window, row.tokens, row.targets, row.loss_mask)
+        yield batch

@@ -6,9 +6,12 @@ boundaries (uint64, n + 1), then the n lengths in tokens (int32), the n offsets 
 n + 1 document boundaries in sequences (int64). Here a document is one sequence, so that the boundaries are 0 … n.
 """
 
+import errno
 import hashlib
 import json
+import resource
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.atomic import write_aside
+from pipeline.atomic import hash_file, write_aside
 from pipeline.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -75,24 +78,9 @@ class ShardWriter:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is None:
-            lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths])
-            ends = np.cumsum(lengths, dtype="<i8") * self._dtype.itemsize
-            header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[self._dtype], len(lengths), len(lengths) + 1)
-            boundaries = np.arange(len(lengths) + 1, dtype="<i8")
-            index = b"".join([header, lengths.tobytes(), (ends - lengths * np.int64(self._dtype.itemsize)).tobytes()])
-            index += boundaries.tobytes()
-            n_bytes = int(ends[-1]) if len(ends) else 0
             self._files.close()
-            with write_aside(idx_path(self._stem)) as file:
-                file.write(index)
-            self._record = ShardRecord(
-                name=self._stem.name,
-                documents=len(lengths),
-                tokens=n_bytes // self._dtype.itemsize,
-                bytes=n_bytes,
-                sha256_bin=self._sha256.hexdigest(),
-                sha256_idx=hashlib.sha256(index).hexdigest(),
-            )
+            lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths])
+            self._record = write_index(self._stem, lengths, self._dtype, self._sha256.hexdigest())
         else:
             self._files.__exit__(kind, error, trace)
 
@@ -101,6 +89,27 @@ class ShardWriter:
         """What was written; after the `with` block."""
         assert self._record is not None, "the shard is not complete"
         return self._record
+
+
+def write_index(stem: Path, lengths: np.ndarray, dtype: np.dtype[Any], sha256_bin: str) -> ShardRecord:
+    """Write `stem`.idx for a `stem`.bin that holds documents of these lengths, end to end; returns its record."""
+    lengths = np.asarray(lengths, "<i4")
+    ends = np.cumsum(lengths, dtype="<i8") * dtype.itemsize
+    header = _HEADER.pack(_MAGIC, 1, _DTYPE_CODES[dtype], len(lengths), len(lengths) + 1)
+    offsets = ends - lengths * np.int64(dtype.itemsize)
+    boundaries = np.arange(len(lengths) + 1, dtype="<i8")
+    index = b"".join([header, lengths.tobytes(), offsets.tobytes(), boundaries.tobytes()])
+    with write_aside(idx_path(stem)) as file:
+        file.write(index)
+    n_bytes = int(ends[-1]) if len(ends) else 0
+    return ShardRecord(
+        name=stem.name,
+        documents=len(lengths),
+        tokens=n_bytes // dtype.itemsize,
+        bytes=n_bytes,
+        sha256_bin=sha256_bin,
+        sha256_idx=hashlib.sha256(index).hexdigest(),
+    )
 
 
 def bin_path(stem: Path) -> Path:
@@ -118,37 +127,38 @@ class Shard:
 
     Attributes:
         lengths: (documents,) int32, in tokens, the closing `</s>` included.
-        offsets: (documents,) int64, where each document starts in `tokens`, in bytes (unaligned: slice or bisect it).
+        offsets: (documents,) int64, where each document starts in `tokens`, in bytes (unaligned: slice it).
         tokens: (tokens,) uint16 or int32.
+
+    Raises:
+        UserError: the index is not one that this format has.
     """
 
     def __init__(self, stem: Path) -> None:
-        index = np.memmap(idx_path(stem), mode="r")
+        index = np.memmap(idx_path(stem), mode="r").view(np.ndarray)  # whose slices are cheaper
         if len(index) < _HEADER.size:
-            raise ValueError(f"{idx_path(stem)}: shorter than an index header")
+            raise UserError(f"{idx_path(stem)}: shorter than an index header")
         magic, version, code, documents, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
         dtypes = {known: dtype for dtype, known in _DTYPE_CODES.items()}
         if magic != _MAGIC or version != 1 or code not in dtypes:
-            raise ValueError(f"{idx_path(stem)}: not an index of version 1 with uint16 or int32 tokens")
+            raise UserError(f"{idx_path(stem)}: not an index of version 1 with uint16 or int32 tokens")
         if boundaries != documents + 1 or len(index) != _HEADER.size + 12 * documents + 8 * boundaries:
-            raise ValueError(f"{idx_path(stem)}: its size does not fit {documents} documents of one sequence each")
+            raise UserError(f"{idx_path(stem)}: its size does not fit {documents} documents of one sequence each")
         start = _HEADER.size
         self.lengths = np.frombuffer(index, "<i4", documents, start)
         self.offsets = np.frombuffer(index, "<i8", documents, start + 4 * documents)
         self.boundaries = np.frombuffer(index, "<i8", boundaries, start + 12 * documents)
+        # Plain integers from unaligned memory: np.searchsorted would copy the whole array, and its items are slow.
+        self._starts = memoryview(index.data)[start + 4 * documents : start + 12 * documents].cast("q")
         size = bin_path(stem).stat().st_size
         # An empty file cannot be mapped.
-        self.tokens = np.memmap(bin_path(stem), dtypes[code], "r") if size else np.zeros(0, dtypes[code])
+        self.tokens: np.ndarray = np.zeros(0, dtypes[code])
+        if size:
+            self.tokens = np.memmap(bin_path(stem), dtypes[code], "r").view(np.ndarray)
 
     def document_at(self, token: int) -> int:
         """The number, in this shard, of the document that holds a token position."""
-        low, high = 0, len(self.offsets)
-        position = token * self.tokens.itemsize
-        # np.searchsorted would copy the unaligned array, and bisect makes no use of its being an array either.
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.offsets[middle] <= position else (low, middle)
-        return low
+        return bisect_right(self._starts, token * self.tokens.itemsize) - 1
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
@@ -169,8 +179,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{file}: damaged: not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{file}: not a manifest of {FORMAT}")
-    if manifest["version"] != VERSION:
-        raise UserError(f"{file}: version {manifest['version']}; this release reads version {VERSION}: upgrade it")
+    if (version := manifest.get("version")) != VERSION:
+        raise UserError(f"{file}: version {version}; this release reads version {VERSION}: upgrade it")
     return manifest
 
 
@@ -215,69 +225,89 @@ class TokenDataset:
         self.n_documents: int = entry["documents"]
         self.n_utf8_bytes: int = entry["utf8_bytes"]
         self.tokenizer_path = path / tokenizer["file"]
+        self.tokenizer_sha256: str = tokenizer["sha256"]
         self._parts: list[_SplitPart] = []
         token = document = 0
         for record in (ShardRecord(**shard) for shard in entry["shards"]):
             self._parts.append(_SplitPart(record, token, document))
             token, document = token + record.tokens, document + record.documents
-        self._first_tokens = np.array([part.first_token for part in self._parts], np.int64)
+        self._first_tokens = [part.first_token for part in self._parts]
         self._shards: dict[int, Shard] = {}
 
     @classmethod
     def open(cls, path: str | Path, split: str) -> "TokenDataset":
-        """Open a split after cheap checks: the manifest is there and every file has its size.
+        """Open a split after cheap checks: the manifest and its tokenizer are there, and every file has its size.
 
         Raises:
-            UserError: not a dataset, no such split, or a file that is missing or of another size.
+            UserError: not a dataset, no such split, another tokenizer, or a file that is missing or of another size.
         """
         path = Path(path).absolute()
         manifest = read_manifest(path)
-        if split not in manifest["splits"]:
-            raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
-        dataset = cls(path, split, manifest)
-        for problem in dataset._size_problems():
+        try:
+            if split not in manifest["splits"]:
+                raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
+            dataset = cls(path, split, manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path / MANIFEST}: damaged: {type(error).__name__} {error}") from None
+        for problem in dataset._file_problems():
             raise UserError(f"{problem}; `python -m pipeline.verify {path}` checks the whole dataset")
+        _allow_open_files(2 * len(dataset._parts))
         return dataset
 
-    def _size_problems(self) -> Iterator[str]:
+    def _file_problems(self) -> Iterator[str]:
         if not self.tokenizer_path.is_file():
             yield f"{self.tokenizer_path}: missing"
+        elif (found := hash_file(self.tokenizer_path)) != self.tokenizer_sha256:
+            yield f"{self.tokenizer_path}: another tokenizer: its SHA-256 is {found} instead of {self.tokenizer_sha256}"
         for part in self._parts:
             stem = self.path / self.split / part.record.name
             index_size = _HEADER.size + 20 * part.record.documents + 8
             for file, size in ((bin_path(stem), part.record.bytes), (idx_path(stem), index_size)):
-                found = file.stat().st_size if file.is_file() else None
-                if found != size:
-                    yield f"{file}: {'missing' if found is None else f'{found} bytes instead of {size}'}"
+                n_bytes = file.stat().st_size if file.is_file() else None
+                if n_bytes != size:
+                    yield f"{file}: {'missing' if n_bytes is None else f'{n_bytes} bytes instead of {size}'}"
 
     def _shard(self, number: int) -> Shard:
         if number not in self._shards:
-            self._shards[number] = Shard(self.path / self.split / self._parts[number].record.name)
+            stem = self.path / self.split / self._parts[number].record.name
+            try:
+                self._shards[number] = Shard(stem)
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+                raise UserError(
+                    f"{stem}: too many open files: {len(self._parts)} shards need two each, the "
+                    f"system allows {limit}; raise it (`ulimit -Hn`) or prepare larger shards (content.shard_tokens)"
+                ) from None
         return self._shards[number]
 
     def _ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(shard, start, stop) of the parts of [start, stop), counted in each shard."""
         if not 0 <= start <= stop <= self.n_tokens:
             raise IndexError(f"[{start}, {stop}) is not in the {self.n_tokens} tokens of {self.split}")
-        number = int(np.searchsorted(self._first_tokens, start, "right")) - 1
+        number = bisect_right(self._first_tokens, start) - 1
         while start < stop:
             part = self._parts[number]
             end = min(stop, part.first_token + part.record.tokens)
             yield number, start - part.first_token, end - part.first_token
             start, number = end, number + 1
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the split: (stop - start,) int64."""
-        out = np.empty(stop - start, np.int64)
+    def read(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """Tokens [start, stop) of the split: (stop - start,) int64, copied once, into `out` where it is given."""
+        out = np.empty(stop - start, np.int64) if out is None else out
         filled = 0
         for number, low, high in self._ranges(start, stop):
             out[filled : filled + high - low] = self._shard(number).tokens[low:high]
             filled += high - low
         return out
 
-    def document_numbers(self, start: int, stop: int) -> np.ndarray:
-        """The number, in the split, of the document that holds each token of [start, stop): (stop - start,) int64."""
-        out = np.empty(stop - start, np.int64)
+    def document_numbers(self, start: int, stop: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The number, in the split, of the document that holds each token of [start, stop): (stop - start,) int64.
+
+        It comes from the index alone, and goes into `out` where it is given.
+        """
+        out = np.empty(stop - start, np.int64) if out is None else out
         filled = 0
         for number, low, high in self._ranges(start, stop):
             shard = self._shard(number)
@@ -289,3 +319,11 @@ class TokenDataset:
             out[filled : filled + high - low] = np.repeat(numbers, counts)
             filled += high - low
         return out
+
+
+def _allow_open_files(more: int) -> None:
+    """Raise this process's limit of open files: Python keeps a file open for each that it has mapped."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

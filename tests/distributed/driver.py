@@ -18,9 +18,7 @@ import torch  # noqa: E402
 from launch.config import RunConfig, accumulation_steps, load_run_config  # noqa: E402
 from launch.engine import Processes, build_engine, start_processes  # noqa: E402
 from launch.evaluate import to_device  # noqa: E402
-from launch.trainer import micro_batches, train  # noqa: E402
-from pipeline.batches import TrainingStream  # noqa: E402
-from pipeline.shards import TokenDataset  # noqa: E402
+from launch.trainer import open_datasets, open_steps, open_stream, train  # noqa: E402
 
 
 def main() -> int:
@@ -54,18 +52,18 @@ def gradients(config: RunConfig, processes: Processes, output: Path) -> None:
 
     accumulation = accumulation_steps(config, processes.world_size)
     engine: Any = build_engine(config, processes)
-    dataset = TokenDataset.open(config.data.path, config.data.split)
-    stream = TrainingStream(dataset, seq_len=config.data.seq_len, seed=config.run.seed)
-    batches = micro_batches(stream, stream.take(config.samples_per_step), config, processes, accumulation)
-    mine = [int(batch.loss_mask.sum()) for batch in batches]
+    steps = open_steps(config, open_stream(config, open_datasets(config)[0]), processes)
+    step = steps.next()
+    mine = [int(batch.loss_mask.sum()) for batch in step.batches]
     (targets,) = processes.total(sum(mine))
-    for position, batch in enumerate(batches):
+    for position, batch in enumerate(step.batches):
         summed = engine(*to_device(batch, processes.device))
         engine.backward(summed * (processes.world_size * accumulation / targets))
         if position < accumulation - 1:
             engine.step()
     full = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
     masks = processes.gather(mine)
+    steps.close()
     if processes.rank == 0:
         torch.save({"gradients": full, "targets": masks}, output)
 

@@ -16,6 +16,7 @@ def test_overrides_and_resume(write_config: WriteConfig) -> None:
     config = load_run_config(write_config(), ["optimizer.lr=3e-3", "train.zero_stage=3"], resume=True)
     assert (config.optimizer.lr, config.train.zero_stage, config.run.resume) == (3e-3, 3, "must")
     assert config.run.dir.is_absolute()
+    assert config.data.path is not None
     assert config.data.path.is_absolute()
     assert config.steps == 8
     assert config.samples_per_step == 8

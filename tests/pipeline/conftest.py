@@ -1,5 +1,6 @@
 """Small corpora, datasets made without Ray, and one Ray for all tests of this folder."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -115,7 +116,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
             "sources": [],
             "tokenizer": {
                 "file": TOKENIZER,
-                "sha256": "",
+                "sha256": hashlib.sha256(b"").hexdigest(),
                 "vocab_size": vocab_size,
                 "unk_id": 0,
                 "eos_id": 1,
