@@ -132,3 +132,13 @@ class Tokenizer:
             elif not (self._model.is_control(i) or self._model.is_unknown(i)):
                 lengths[i] = len(self._model.id_to_piece(i).replace(_SPACE, " ").encode())
         return lengths
+
+    def byte_pieces(self) -> np.ndarray:
+        """(vocab_size,) bool: the pieces that spell a single byte."""
+        return np.array([self._model.is_byte(i) for i in range(self.vocab_size)], np.bool_)
+
+    def special_pieces(self) -> np.ndarray:
+        """(vocab_size,) bool: the pieces that stand for no text: unknown and control pieces."""
+        return np.array(
+            [self._model.is_control(i) or self._model.is_unknown(i) for i in range(self.vocab_size)], np.bool_
+        )
