@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.atomic import hash_file
 from pipeline.errors import UserError
 from pipeline.order import derive_key, permute
 from pipeline.shards import Shard, TokenDataset, read_manifest
@@ -142,9 +141,11 @@ def profile_dataset(
     path = Path(path).absolute()
     manifest = read_manifest(path)
     names = list(manifest["splits"]) if split is None else [split]
+    if not names:
+        raise UserError(f"{path}: a dataset without splits")
     datasets = [TokenDataset.open(path, name) for name in names]
     entries = {name: manifest["splits"][name] for name in names}
-    tokenizer = _load_tokenizer(path, manifest["tokenizer"])
+    tokenizer = Tokenizer(datasets[0].tokenizer_path)
     all_lengths = _LengthCounter()
     splits = {}
     for name, entry in entries.items():
@@ -197,16 +198,6 @@ def sum_dropped(splits: Iterable[dict[str, Any]]) -> dict[str, int]:
         for reason, count in (entry.get("dropped") or {}).items():
             totals[reason] = totals.get(reason, 0) + count
     return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _load_tokenizer(path: Path, entry: dict[str, Any]) -> Tokenizer:
-    file = path / entry["file"]
-    if (found := hash_file(file)) != entry["sha256"]:
-        raise UserError(
-            f"{file}: not the tokenizer of this dataset: its SHA-256 is {found} instead of {entry['sha256']}; "
-            "put the right one back"
-        )
-    return Tokenizer(file)
 
 
 def _open_shard(path: Path, split: str, record: dict[str, Any]) -> Shard:
