@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.datasets_used import dataset_entity, folder_names, keep_cards
 from launch.run_directory import RunDirectory
 from pipeline.atomic import write_json
 from pipeline.errors import UserError, run_command
@@ -58,6 +59,7 @@ class Sender:
         if not lines:
             return False
         run_id = self._run_id()
+        self._log_datasets(run_id)
         pending: list[dict[str, Any]] = []
         size = sent = 0
         for line in lines:
@@ -109,21 +111,31 @@ class Sender:
         for start in range(0, len(parameters), 100):
             self._client.log_batch(run_id, params=parameters[start : start + 100])
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in facts["tags"].items()])
-        self._log_datasets(run_id)
         self._client.log_artifact(run_id, str(self._directory.config))
         self._state["run_id"] = run_id
         write_json(self._directory.tracking, self._state)
         return run_id
 
     def _log_datasets(self, run_id: str) -> None:
+        """One input for each use of a dataset; a restart may have brought others."""
         from mlflow.entities import DatasetInput, InputTag, RunTag
 
-        inputs = []
-        for context, dataset in self._facts["datasets"].items():
-            inputs.append(DatasetInput(_dataset_entity(dataset), [InputTag("mlflow.data.context", context)]))
-        self._client.log_inputs(run_id, datasets=inputs)
-        digests = {f"dataset.{context}.digest": d["digest"] for context, d in self._facts["datasets"].items()}
-        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in digests.items()])
+        uses = {f"{d['context']} {d['name']} {d['digest']}": d for d in self._facts["datasets"]}
+        new = {use: dataset for use, dataset in uses.items() if use not in self._state.get("datasets", ())}
+        if not new:
+            return
+        for start in range(0, len(new), 100):
+            part = list(new.values())[start : start + 100]
+            inputs = [DatasetInput(dataset_entity(d), [InputTag("mlflow.data.context", d["context"])]) for d in part]
+            self._client.log_inputs(run_id, datasets=inputs)
+            tags = [RunTag(f"dataset.{d['context']}.digest", d["digest"]) for d in part]
+            self._client.log_batch(run_id, tags=tags)
+        names = folder_names(self._facts["datasets"])
+        for name in dict.fromkeys(names[dataset["digest"]] for dataset in new.values()):
+            if (folder := self._directory.data / name).is_dir():
+                self._client.log_artifacts(run_id, str(folder), f"data/{name}")
+        self._state["datasets"] = [*self._state.get("datasets", ()), *new]
+        write_json(self._directory.tracking, self._state)
 
     def _send_metrics(self, run_id: str, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric
@@ -193,23 +205,12 @@ class Sender:
             self._client.log_figure(run_id, figure, "figures/loss.png")
 
 
-def _dataset_entity(dataset: dict[str, Any]) -> Any:
-    from mlflow.entities import Dataset
-
-    return Dataset(
-        name=dataset["name"],
-        digest=dataset["digest"][:32],
-        source_type="local",
-        source=json.dumps({"uri": dataset["path"]}),
-        profile=json.dumps({key: dataset[key] for key in ("documents", "tokens", "utf8_bytes")}),
-    )
-
-
 def replay(directory: RunDirectory, *, follow: int | None) -> int:
     """Send everything; with `follow`, go on until that parent process has ended. Returns the exit status.
 
     A server that does not answer is tried again: without end while the parent lives, for `PATIENCE_SECONDS` after.
     """
+    keep_cards(directory.data, json.loads(directory.facts.read_text())["datasets"])
     sender: Sender | None = None
     ended_at: float | None = None
     while True:

@@ -1,7 +1,7 @@
 """The directory that holds everything of a run.
 
-config.yaml (resolved), run.json (environment and data, for the tracker), metrics.jsonl, tracking.json, checkpoints/,
-lock, and DONE once the last step is reached.
+config.yaml (resolved), run.json (environment and data, for the tracker), metrics.jsonl, tracking.json, data/ (cards
+and pictures of the datasets), checkpoints/, lock, and DONE once the last step is reached.
 """
 
 import fcntl
@@ -27,6 +27,7 @@ class RunDirectory:
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.tracking = path / "tracking.json"
+        self.data = path / "data"
         self.checkpoints = path / "checkpoints"
         self.done = path / "DONE"
         self._lock: IO[str] | None = None

@@ -122,8 +122,10 @@ def system_metrics() -> dict[str, float]:
     }
 
 
-def run_facts(config: RunConfig, datasets: dict[str, dict[str, Any]], world_size: int) -> dict[str, Any]:
-    """What MLflow shows of a run beside its metrics: parameters, environment, source and data."""
+def run_facts(config: RunConfig, datasets: list[dict[str, Any]], world_size: int) -> dict[str, Any]:
+    """What MLflow shows of a run beside its metrics: parameters, environment, source and data (a list of
+    `launch.datasets_used.dataset_facts`).
+    """
     return {
         "name": config.run.name or config.run.dir.name,
         "experiment": config.tracking.experiment,

@@ -19,6 +19,7 @@ from launch.checkpoint import (
     save_checkpoint,
 )
 from launch.config import RunConfig, accumulation_steps, component_name
+from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import evaluate, to_device
 from launch.progress import Pace, progress_line, say
@@ -265,17 +266,7 @@ def _first(reasons: list[str | None]) -> str:
     return next(reason for reason in reasons if reason)
 
 
-def _dataset_facts(training: Mixture, validation: dict[str, TokenDataset]) -> dict[str, dict[str, Any]]:
+def _dataset_facts(training: Mixture, validation: dict[str, TokenDataset]) -> list[dict[str, Any]]:
     parts = training.components
     trained = {"training" if len(parts) == 1 else f"training/{part.name}": part.dataset for part in parts}
-    return {
-        context: {
-            "name": f"{dataset.path.name}/{dataset.split}",
-            "digest": dataset.digest,
-            "path": str(dataset.path),
-            "documents": dataset.n_documents,
-            "tokens": dataset.n_tokens,
-            "utf8_bytes": dataset.n_utf8_bytes,
-        }
-        for context, dataset in {**trained, **validation}.items()
-    }
+    return [dataset_facts(context, dataset) for context, dataset in {**trained, **validation}.items()]

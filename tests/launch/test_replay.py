@@ -21,6 +21,20 @@ from launch.run_directory import RunDirectory
 from launch.tracking import Tracker, last_attempt, run_facts
 
 DIGEST = "0123456789abcdef" * 4
+GONE = {
+    "context": "training",
+    "name": "data/train",
+    "digest": DIGEST,
+    "path": "/data",
+    "documents": 3,
+    "tokens": 50,
+    "utf8_bytes": 200,
+    "bytes_per_token": 4.0,
+    "vocab_size": 384,
+    "sources": None,
+    "dropped": {},
+}
+"""Facts of a dataset that is no longer where it was."""
 
 
 @pytest.fixture
@@ -34,9 +48,8 @@ def directory(config: RunConfig) -> RunDirectory:
 
 
 def open_directory(config: RunConfig) -> RunDirectory:
-    dataset = {"name": "data/train", "digest": DIGEST, "path": "/data", "documents": 3, "tokens": 50, "utf8_bytes": 200}
     directory = RunDirectory(config.run.dir)
-    directory.open(config, run_facts(config, {"training": dataset}, world_size=2))
+    directory.open(config, run_facts(config, [GONE], world_size=2))
     return directory
 
 
