@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,7 @@ VERSION = 1
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPE_CODES: dict[np.dtype[Any], int] = {np.dtype("<i4"): 4, np.dtype("<u2"): 8}
+_MEGATRON_DTYPES = dict(enumerate(map(np.dtype, ("u1", "i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2")), 1))
 _UINT16_LIMIT = 65500  # Megatron's own limit
 _BLOCK_TOKENS = 1 << 22
 
@@ -122,6 +123,53 @@ def idx_path(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.idx")
 
 
+class Index(NamedTuple):
+    """A memory-mapped `.idx` file, as Megatron may write it; unaligned arrays.
+
+    Attributes:
+        dtype: of the tokens.
+        lengths: (sequences,) int32, in tokens.
+        offsets: (sequences,) int64, where each starts in the `.bin` file, in bytes.
+        boundaries: (documents + 1,) int64, where each document starts, in sequences.
+    """
+
+    dtype: np.dtype[Any]
+    lengths: np.ndarray
+    offsets: np.ndarray
+    boundaries: np.ndarray
+
+
+def read_index(stem: Path) -> Index:
+    """Map `stem`.idx.
+
+    Raises:
+        UserError: it is not an index of version 1, or of another size than its header says.
+    """
+    file = idx_path(stem)
+    if file.stat().st_size < _HEADER.size:
+        raise UserError(f"{file}: shorter than an index header")
+    index = np.memmap(file, mode="r").view(np.ndarray)  # whose slices are cheaper
+    magic, version, code, sequences, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    if magic != _MAGIC or version != 1 or code not in _MEGATRON_DTYPES:
+        raise UserError(f"{file}: not an index of Megatron's version 1")
+    if len(index) != _HEADER.size + 12 * sequences + 8 * boundaries:
+        raise UserError(f"{file}: its size does not fit {sequences} sequences in {boundaries - 1} documents")
+    start = _HEADER.size
+    return Index(
+        dtype=_MEGATRON_DTYPES[code],
+        lengths=np.frombuffer(index, "<i4", sequences, start),
+        offsets=np.frombuffer(index, "<i8", sequences, start + 4 * sequences),
+        boundaries=np.frombuffer(index, "<i8", boundaries, start + 12 * sequences),
+    )
+
+
+def map_tokens(stem: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """Map `stem`.bin: its tokens, end to end."""
+    if not bin_path(stem).stat().st_size:
+        return np.zeros(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(bin_path(stem), dtype, "r").view(np.ndarray)
+
+
 class Shard:
     """One shard, memory-mapped.
 
@@ -135,26 +183,15 @@ class Shard:
     """
 
     def __init__(self, stem: Path) -> None:
-        index = np.memmap(idx_path(stem), mode="r").view(np.ndarray)  # whose slices are cheaper
-        if len(index) < _HEADER.size:
-            raise UserError(f"{idx_path(stem)}: shorter than an index header")
-        magic, version, code, documents, boundaries = _HEADER.unpack(index[: _HEADER.size].tobytes())
-        dtypes = {known: dtype for dtype, known in _DTYPE_CODES.items()}
-        if magic != _MAGIC or version != 1 or code not in dtypes:
-            raise UserError(f"{idx_path(stem)}: not an index of version 1 with uint16 or int32 tokens")
-        if boundaries != documents + 1 or len(index) != _HEADER.size + 12 * documents + 8 * boundaries:
-            raise UserError(f"{idx_path(stem)}: its size does not fit {documents} documents of one sequence each")
-        start = _HEADER.size
-        self.lengths = np.frombuffer(index, "<i4", documents, start)
-        self.offsets = np.frombuffer(index, "<i8", documents, start + 4 * documents)
-        self.boundaries = np.frombuffer(index, "<i8", boundaries, start + 12 * documents)
+        index = read_index(stem)
+        if index.dtype not in _DTYPE_CODES:
+            raise UserError(f"{idx_path(stem)}: its tokens are {index.dtype}, not uint16 or int32")
+        if len(index.boundaries) != len(index.lengths) + 1:
+            raise UserError(f"{idx_path(stem)}: not one sequence a document; `python -m pipeline.adopt` joins them")
+        self.lengths, self.offsets, self.boundaries = index.lengths, index.offsets, index.boundaries
         # Plain integers from unaligned memory: np.searchsorted would copy the whole array, and its items are slow.
-        self._starts = memoryview(index.data)[start + 4 * documents : start + 12 * documents].cast("q")
-        size = bin_path(stem).stat().st_size
-        # An empty file cannot be mapped.
-        self.tokens: np.ndarray = np.zeros(0, dtypes[code])
-        if size:
-            self.tokens = np.memmap(bin_path(stem), dtypes[code], "r").view(np.ndarray)
+        self._starts = memoryview(index.offsets.view(np.uint8).data).cast("q")
+        self.tokens = map_tokens(stem, index.dtype)
 
     def document_at(self, token: int) -> int:
         """The number, in this shard, of the document that holds a token position."""

@@ -1,10 +1,10 @@
 """The format on disk, read by a reader written from Megatron's description, and the memory-mapped dataset."""
 
-import importlib
-import importlib.util
 import itertools
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import UserError
-from pipeline.shards import MANIFEST, Shard, ShardWriter, TokenDataset, dataset_digest, token_dtype
+from pipeline.shards import MANIFEST, TOKENIZER, Shard, ShardWriter, TokenDataset, dataset_digest, token_dtype
 
 Documents = list[list[int]]
 
@@ -55,11 +55,6 @@ def test_an_independent_reader_reads_our_shards(tmp_path: Path, vocab_size: int)
     assert read_megatron(tmp_path / "shard-00000") == documents
     assert (record.documents, record.tokens) == (3, 8)
     assert record.bytes == 8 * token_dtype(vocab_size).itemsize
-    # Megatron's own reader, wherever it is installed.
-    if importlib.util.find_spec("megatron"):
-        megatron = importlib.import_module("megatron.core.datasets.indexed_dataset")
-        theirs = megatron.IndexedDataset(str(tmp_path / "shard-00000"))
-        assert [theirs[i].tolist() for i in range(len(theirs))] == documents
 
 
 def test_appending_many_documents_at_once_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -149,3 +144,37 @@ def test_digest_covers_content_and_not_circumstances(make_dataset: Any) -> None:
     assert dataset_digest(manifest | {"sources": [{"name": "a"}]}) != digest
     manifest["splits"]["train"]["shards"][0]["sha256_bin"] = "0" * 64
     assert dataset_digest(manifest) != digest
+
+
+def test_more_shards_than_files_may_be_open(make_dataset: Any) -> None:
+    """Every mapped file stays open: the limit is raised where the system allows it, or the error says so."""
+    folder = make_dataset([[5]] * 60, per_shard=1)
+    script = (
+        "import resource, sys\n"
+        "from pipeline.shards import TokenDataset\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))\n"
+        "dataset = TokenDataset.open(sys.argv[1], 'train')\n"
+        "print(dataset.read(0, dataset.n_tokens).sum())\n"
+    )
+    for hard, expected in ((1000, "360\n"), (64, "too many open files: 60 shards need two each, the system allows 64")):
+        done = subprocess.run([sys.executable, "-c", script, folder, str(hard)], capture_output=True, text=True)
+        assert expected in done.stdout + done.stderr
+
+
+def test_a_replaced_tokenizer_is_refused(make_dataset: Any) -> None:
+    folder = make_dataset([[5]])
+    (folder / TOKENIZER).write_bytes(b"another")
+    with pytest.raises(UserError, match=r"tokenizer\.model: another tokenizer: its SHA-256 is .* instead of e3b0c442"):
+        TokenDataset.open(folder, "train")
+    (folder / TOKENIZER).unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.model: missing"):
+        TokenDataset.open(folder, "train")
+
+
+def test_a_manifest_that_lost_a_key_is_named(make_dataset: Any) -> None:
+    folder = make_dataset([[5]])
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["tokenizer"]["eos_id"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json: damaged: KeyError 'eos_id'"):
+        TokenDataset.open(folder, "train")
