@@ -34,6 +34,7 @@ def main() -> int:
         if processes.rank == 0 and "stop_after" in case:
             threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
         statuses.append(train(config, processes))
+        assert "prefetch" not in [thread.name for thread in threading.enumerate()], "a thread outlived its run"
     if processes.rank == 0:
         spec.with_suffix(".statuses").write_text(json.dumps(statuses))
     processes.leave()

@@ -1,7 +1,9 @@
 """The dry run, and every configuration that is shipped."""
 
+import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from flash_model.lm import build_model
 from launch.config import load_run_config
 from launch.memory import estimate_memory
 from launch.plan import plan_lines
+from launch.trainer import open_datasets
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +62,34 @@ def test_the_plan_says_what_training_needs(prepared_data: Path, write_config: Ca
         assert expected in done.stdout
     parameters = sum(p.numel() for p in build_model(load_run_config(path).model, device="meta").parameters())
     assert f"{parameters:,} parameters" in done.stdout
+
+
+def test_the_plan_of_a_mixture(prepared_data: Path, write_config: Callable[..., Path]) -> None:
+    parts = [{"path": str(prepared_data), "weight": 3}, {"path": str(prepared_data), "split": "valid", "name": "v"}]
+    config = load_run_config(write_config(data={"path": None, "mixture": parts}))
+    lines = list(plan_lines(config, devices=1, memory_gib=None, peak_tflops=None))
+    splits = json.loads((prepared_data / "manifest.json").read_text())["splits"]
+    assert any(line.startswith("data        mixture of 2; digest ") for line in lines)
+    for name, split, share in (("data", "train", 0.75), ("v", "valid", 0.25)):
+        tokens = splits[split]["tokens"]
+        epochs = 64 * share / -(-tokens // 64)
+        expected = f"{name}, {share} of it: {prepared_data}: {tokens:,} tokens, {epochs:.2f} epochs"
+        assert any(expected in line for line in lines)
+
+
+def test_a_validation_set_of_another_tokenizer(
+    prepared_data: Path, write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(prepared_data, tmp_path / "other"))
+    (other / "tokenizer.model").write_bytes(b"another")
+    manifest = (other / "manifest.json").read_text()
+    old = json.loads(manifest)["tokenizer"]["sha256"]
+    (other / "manifest.json").write_text(manifest.replace(old, hashlib.sha256(b"another").hexdigest()))
+    data = {"path": str(prepared_data), "validation": {"held-out": {"path": str(other)}}}
+    with pytest.raises(
+        UserError, match=r"data\.validation\.held-out: .*other has another tokenizer than .*data: prepare"
+    ):
+        open_datasets(load_run_config(write_config(data=data)))
 
 
 def test_a_plan_for_devices_that_do_not_divide_is_refused(write_config: Callable[..., Path]) -> None:

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from launch.config import accumulation_steps, load_run_config
+from launch.config import accumulation_steps, component_name, load_run_config
 from launch.deepspeed_config import deepspeed_config
 from pipeline.errors import UserError
+from pipeline.masking import MaskedLM
 
 WriteConfig = Callable[..., Path]
 
@@ -66,9 +69,46 @@ def test_deepspeed_section_is_merged_last(write_config: WriteConfig) -> None:
     assert settings["communication_data_type"] == "fp32"
 
 
-def test_masked_models_cannot_be_trained_to_predict_the_next_token(write_config: WriteConfig) -> None:
-    with pytest.raises(UserError, match=r"model\.causal"):
+def test_the_models_direction_and_what_it_predicts_must_fit(write_config: WriteConfig) -> None:
+    with pytest.raises(UserError, match=r"model\.causal: false cannot .* set it to true, or set data\.masked_lm"):
         load_run_config(write_config(model={"causal": False}))
+    with pytest.raises(UserError, match=r"data\.masked_lm: .* set model\.causal to false, or data\.masked_lm to null"):
+        load_run_config(write_config(data={"masked_lm": {}}))
+    config = load_run_config(write_config(model={"causal": False}, data={"masked_lm": {"fraction": 0.3}}))
+    assert config.data.masked_lm == MaskedLM(fraction=0.3, mask=0.8, random=0.1)
+    with pytest.raises(UserError, match=r"data\.masked_lm: mask 0\.95 and random 0\.1 add up to more than 1"):
+        load_run_config(write_config(model={"causal": False}, data={"masked_lm": {"mask": 0.95}}))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({"path": None}, "neither is given: set exactly one of data.path (one dataset) and data.mixture (several)"),
+        ({"mixture": [{"path": "a"}]}, "both are given: set exactly one of data.path"),
+        ({"path": None, "mixture": [{"path": "a"}], "split": "all"}, "data.split: belongs to data.path"),
+        (
+            {"path": None, "mixture": [{"path": "x/a"}, {"path": "y/a"}]},
+            "two datasets are called a: give each a `name`",
+        ),
+        ({"path": None, "mixture": [{"path": "a", "weight": 0}]}, "data.mixture.0.weight"),
+        ({"path": None, "mixture": [{"path": "a", "name": "b/c"}]}, "data.mixture.0.name"),
+        ({"path": None, "mixture": []}, "data.mixture"),
+        ({"prefetch": -1}, "data.prefetch"),
+    ],
+)
+def test_what_data_cannot_be(write_config: WriteConfig, data: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_run_config(write_config(data=data))
+    assert expected in str(caught.value)
+
+
+def test_a_mixture_comes_back_from_what_a_run_writes(write_config: WriteConfig, tmp_path: Path) -> None:
+    parts = [{"path": "a", "weight": 0.7}, {"path": "b/a", "split": "more", "weight": 0.3}]
+    config = load_run_config(write_config(data={"path": None, "mixture": parts}))
+    assert [component_name(part) for part in config.data.components] == ["a", "a-more"]
+    assert all(part.path.is_absolute() for part in config.data.components)
+    (tmp_path / "written.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_run_config(tmp_path / "written.yaml") == config
 
 
 def test_a_window_longer_than_flash_quad_reads(write_config: WriteConfig) -> None:

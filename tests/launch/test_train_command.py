@@ -122,6 +122,32 @@ def test_a_checkpoint_of_another_model(finished: Path) -> None:
     assert (finished / "run/DONE").exists()
 
 
+def test_other_data_is_refused_with_what_changed(finished: Path, prepared_data: Path) -> None:
+    before = sorted(str(path) for path in finished.rglob("*"))
+    parts = f"[{{path: {prepared_data}, weight: 9}}, {{path: {prepared_data}, split: valid}}]"
+    done = train(finished / "run.yaml", "--resume", "train.tokens=4096", "data.path=null", f"data.mixture={parts}")
+    assert done.returncode == 2
+    message = done.stderr.split("error: ")[-1]
+    digest = json.loads((prepared_data / "manifest.json").read_text())["digest"]
+    assert f"digest was {digest}, now " in message
+    assert f"gone: data: train of {digest[:16]}, 1/1 of the samples" in message
+    assert f"new: data-valid: valid of {digest[:16]}, 1/10 of the samples" in message
+    done = train(finished / "run.yaml", "--resume", "train.tokens=4096", "data.split=valid")
+    assert done.returncode == 2
+    assert "data.split: train in the checkpoint, valid now" in done.stderr
+    assert sorted(str(path) for path in finished.rglob("*")) == before
+
+
+def test_damage_that_shows_while_reading_ends_the_run(config: Path, prepared_data: Path, tmp_path: Path) -> None:
+    """It is met in the thread that prepares batches: the step that waits for them says it, and nothing hangs."""
+    shutil.copytree(prepared_data, tmp_path / "data")
+    index = tmp_path / "data/train/shard-00000.idx"
+    index.write_bytes(b"X" + index.read_bytes()[1:])
+    done = train(config, f"data.path={tmp_path / 'data'}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.split("error: ")[-1] == f"{index}: not an index of Megatron's version 1\n"
+
+
 def test_a_manifest_holds_what_conversion_needs(finished: Path) -> None:
     manifest = json.loads((finished / "run/checkpoints/step-00000004/manifest.json").read_text())
     assert (manifest["step"], manifest["tokens"], manifest["world_size"], manifest["zero_stage"]) == (4, 2048, 1, 2)
