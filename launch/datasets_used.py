@@ -25,6 +25,7 @@ def dataset_facts(context: str, dataset: TokenDataset) -> dict[str, Any]:
     """Plain data about a split that a run reads as `context`, from its manifest; numbers not recorded are None."""
     entry = read_manifest(dataset.path)["splits"][dataset.split]
     counts, sources = split_counts(entry), sum_sources([entry])
+    ratio = counts.bytes_per_token
     return {
         "context": context,
         "name": f"{dataset.path.name}/{dataset.split}",
@@ -32,7 +33,7 @@ def dataset_facts(context: str, dataset: TokenDataset) -> dict[str, Any]:
         "path": str(dataset.path),
         "vocab_size": dataset.vocab_size,
         **asdict(counts),
-        "bytes_per_token": counts.bytes_per_token,
+        "bytes_per_token": None if ratio is None else round(ratio, 3),
         "sources": sources and {name: asdict(part) for name, part in sources.items()},
         "dropped": sum_dropped([entry]),
     }
@@ -57,7 +58,7 @@ def keep_cards(folder: Path, datasets: Sequence[dict[str, Any]]) -> None:
             manifest = read_manifest(paths[digest])
             if manifest["digest"] != digest:
                 raise UserError(f"{paths[digest]}: holds another dataset than the run has read")
-            text = render_card(manifest).encode()
+            text = render_card(manifest, front_matter=False).encode()
             if card.exists() and card.read_bytes() == text and figure.exists():
                 continue
             card.parent.mkdir(parents=True, exist_ok=True)
@@ -74,8 +75,7 @@ def dataset_entity(facts: dict[str, Any]) -> Any:
     from mlflow.entities import Dataset
 
     told = ("documents", "tokens", "utf8_bytes", "bytes_per_token", "vocab_size", "sources", "dropped")
-    # MLflow's own names for the size come first: its pages show them.
-    profile = {"num_rows": facts["documents"], "num_elements": facts["tokens"], **{key: facts[key] for key in told}}
+    profile = {key: "unknown" if facts[key] is None else facts[key] for key in told}
     row = {"name": "tokens", "type": "array", "items": {"type": "integer"}, "required": True}
     return Dataset(
         name=facts["name"],

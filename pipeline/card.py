@@ -26,13 +26,13 @@ def write_card(directory: Path, manifest: dict[str, Any]) -> None:
         file.write(render_card(manifest).encode())
 
 
-def render_card(manifest: dict[str, Any]) -> str:
-    """The card's markdown."""
+def render_card(manifest: dict[str, Any], *, front_matter: bool = True) -> str:
+    """The card's markdown; `front_matter`: with the YAML on top that the hub reads, and other viewers garble."""
     splits = manifest["splits"]
     total = add_counts(split_counts(entry) for entry in splits.values())
     title = _cell(f"Token shards: {', '.join(_source_names(manifest)) or manifest['digest'][:16]}")
     parts = [
-        _front_matter(title, total),
+        *([_front_matter(title, total)] if front_matter else []),
         f"# {title}",
         "Tokenized text for pretraining language models: the tokens of each document, closed by one `</s>`, in "
         "Megatron's indexed-dataset format. The directory is a dataset once `manifest.json` is there, which is written "
@@ -91,7 +91,7 @@ def _front_matter(title: str, total: Counts) -> str:
 
 
 def _source_names(manifest: dict[str, Any]) -> list[str]:
-    names = [source["name"] for source in manifest["content"].get("sources", ())]
+    names = list(dict.fromkeys(file["source"] for file in manifest["sources"]))
     return names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
 
 
@@ -122,7 +122,7 @@ def _sources(manifest: dict[str, Any]) -> list[str]:
     sizes = sum_sources(manifest["splits"].values())
     by_name: dict[str, list[dict[str, Any]]] = {}
     for file in files:
-        by_name.setdefault(file.get("source", "unknown"), []).append(file)
+        by_name.setdefault(file["source"], []).append(file)
     rows = []
     for name in sorted({*by_name, *(sizes or {})}):
         read = by_name.get(name, [])
@@ -189,6 +189,9 @@ def _tokenizer(manifest: dict[str, Any]) -> list[str]:
 
 def _making(manifest: dict[str, Any]) -> list[str]:
     """How to make it again, where the manifest says that."""
+    if "adopted" in manifest["content"]:
+        how = ", ".join(f"`{key}: {_inline(value)}`" for key, value in manifest["content"]["adopted"].items())
+        return ["## Where it comes from", f"Shards of Megatron-LM, adopted by `python -m pipeline.adopt` with {how}."]
     if "sources" not in manifest["content"]:
         return []
     return [

@@ -4,6 +4,7 @@ python -m pipeline.inspect DIR [--split S] [--samples N] [--figure FILE.png] [--
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline.errors import UserError, run_command
 from pipeline.profile import SAMPLE_TOKENS, Counts, Lengths, Profile, profile_dataset
 
 UNKNOWN = "unknown"
+_PIPE_COLUMNS = 120
 
 
 def print_profile(profile: Profile, console: Any | None = None) -> None:
@@ -19,7 +21,9 @@ def print_profile(profile: Profile, console: Any | None = None) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = console or Console(highlight=False)
+    if console is None:
+        # In a pipe or file rich would assume 80 columns, in which long numbers break.
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
     console.print(Text(f"{profile.name}  {profile.digest}", style="bold"))
     splits = [(name, split.counts, split.lengths, f"{split.shards:,}") for name, split in profile.splits.items()]
     if len(splits) > 1:

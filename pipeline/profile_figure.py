@@ -1,5 +1,6 @@
 """A dataset's profile as one picture, drawn without a display. Places and sizes are in inches."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -42,7 +43,9 @@ def draw(profile: Profile, file: BinaryIO) -> None:
     """Draw a profile as PNG into an open file."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Names in letters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         _Page(profile).figure.savefig(file, format="png")
 
 
