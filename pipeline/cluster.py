@@ -4,22 +4,24 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config import Execution
+from pipeline.config import Execution, TaskResources
 from pipeline.errors import UserError
+from pipeline.locations import Piece
 
 R = TypeVar("R")
 
-# A worker that dies is never the task's own doing, but for lack of memory, which more tries do not mend.
-_TASK_RETRIES = 20
 _STOP_CHECK_SECONDS = 0.5
 _CONNECT_SECONDS = 10
+_HEAD_CHECK_SECONDS = 2
+_HEAD_SILENT_SECONDS = 15
 
 
 @contextmanager
@@ -89,33 +91,111 @@ def own_folder(output: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{name}"
 
 
-def run_tasks(function: Callable[..., R], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[R]:
+class ClusterLostError(RuntimeError):
+    """The cluster that ran the tasks is gone."""
+
+
+def run_tasks(
+    function: Callable[..., R], jobs: Iterable[tuple[Any, ...]], workers: int, resources: TaskResources
+) -> Iterator[R]:
     """Run `function(*job)` for every job, `workers` at a time, and yield the results as they come.
 
     Jobs are drawn from the iterable when a worker is free. A task whose worker dies is run again.
 
     Raises:
-        UserError: as a task raised it. The others are cancelled.
+        UserError: as a task raised it (the others are waited for); no node can ever run such a task; a task's worker
+            died more often than it is run again.
+        ClusterLostError: the head node no longer answers.
     """
     import ray
-    from ray.exceptions import RayTaskError
+    from ray import exceptions
 
-    task = ray.remote(num_cpus=1, max_retries=_TASK_RETRIES)(function)
+    _check_satisfiable(resources)
+    task = ray.remote(
+        num_cpus=resources.num_cpus,
+        memory=resources.memory_bytes,
+        resources=resources.resources,
+        max_retries=resources.retries,
+    )(function)
     waiting = iter(jobs)
-    running = {task.remote(*job) for job in islice(waiting, workers)}
+    running = {task.remote(*job): job for job in islice(waiting, workers)}
+    head = _Head(ray.get_runtime_context().gcs_address)
+    job: tuple[Any, ...] = ()
     try:
         while running:
             # With a time limit, so that an interrupt is seen.
             finished, _ = ray.wait(list(running), num_returns=1, timeout=_STOP_CHECK_SECONDS)
+            if not finished:
+                head.check()
             for reference in finished:
-                running.remove(reference)
+                job = running.pop(reference)
                 result = ray.get(reference)
-                running |= {task.remote(*job) for job in islice(waiting, 1)}
+                running |= {task.remote(*job): job for job in islice(waiting, 1)}
                 yield result
-    except RayTaskError as error:
+    except exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+    except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
+        raise UserError(
+            f"{_describe(job)}: the worker died {resources.retries + 1} times ({type(error).__name__}). If memory ran "
+            "out, lower content.unit_bytes (in a new output directory), or raise execution.task.num_cpus or "
+            "execution.task.memory_bytes so that fewer tasks share a node. Finished work is kept."
+        ) from error
+    except (ClusterLostError, exceptions.LocalRayletDiedError, exceptions.RaySystemError, ConnectionError) as error:
+        running.clear()
+        raise ClusterLostError(f"the Ray cluster is gone ({type(error).__name__})") from error
+    except KeyboardInterrupt:
+        running.clear()  # they end with the connection
+        raise
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+        # Cancelling a task that ends at that moment can abort this process (Ray 2.60): they are waited for.
+        if running:
+            ray.wait(list(running), num_returns=len(running))
+
+
+class _Head:
+    """Whether the head node still answers; Ray itself waits for a minute and then ends the process."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._address = host.strip("[]"), int(port)
+        self._answered = self._checked = time.monotonic()
+
+    def check(self) -> None:
+        now = time.monotonic()
+        if now - self._checked < _HEAD_CHECK_SECONDS:
+            return
+        self._checked = now
+        try:
+            socket.create_connection(self._address, timeout=_CONNECT_SECONDS).close()
+            self._answered = now
+        except OSError as error:
+            if now - self._answered > _HEAD_SILENT_SECONDS:
+                raise ClusterLostError(f"its head {self._address} does not answer") from error
+
+
+def _check_satisfiable(wanted: TaskResources) -> None:
+    import ray
+
+    needs = {"CPU": wanted.num_cpus, **wanted.resources}
+    if wanted.memory_bytes is not None:
+        needs["memory"] = wanted.memory_bytes
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if nodes and not any(all(node.get(name, 0) >= amount for name, amount in needs.items()) for node in nodes):
+        has = "; ".join(
+            ", ".join(f"{name} {node[name]:g}" for name in sorted(node) if name in {*needs, "CPU", "memory"})
+            for node in nodes
+        )
+        raise UserError(
+            f"execution.task: no node of the cluster can run a task that needs "
+            f"{', '.join(f'{name} {amount:g}' for name, amount in needs.items())}; the nodes have: {has}"
+        )
+
+
+def _describe(job: Sequence[Any]) -> str:
+    """A job's first piece of a file, where it has one."""
+    for argument in job:
+        if isinstance(argument, tuple) and argument and isinstance(argument[0], Piece):
+            return f"{argument[0].url} [{argument[0].start}, {argument[0].stop})"
+    return "a task"

@@ -7,10 +7,10 @@ may run it, and run it again. `workspace` is the directory of intermediate files
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,24 +18,67 @@ from pipeline.atomic import write_aside, write_json
 from pipeline.clean import Dropped, clean
 from pipeline.config import Content
 from pipeline.errors import UserError
-from pipeline.locations import Piece, SourceFile
+from pipeline.locations import Document, Piece, Skipped, SourceFile
 from pipeline.order import derive_key, keyed_hash
 from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter, bin_path, idx_path
 from pipeline.sources import Survey, read_piece, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
+if TYPE_CHECKING:
+    from pipeline.duplicates import Flags
+
 Unit = tuple[Piece, ...]
+DUPLICATE_REASONS = {1: "exact_duplicate", 2: "near_duplicate"}
+_SAMPLE_CHARACTERS = 500
 _SAMPLE_UNITS = 64
 
 
-@dataclass(frozen=True)
-class SplitCounts:
-    """What a unit adds to a split; `utf8_bytes` is the text as tokenized."""
+@dataclass
+class Counts:
+    """What documents add to a split; `utf8_bytes` is the text as tokenized, `dropped` counts by reason."""
 
-    documents: int
-    tokens: int
-    utf8_bytes: int
-    dropped: dict[str, int]
+    documents: int = 0
+    tokens: int = 0
+    utf8_bytes: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Counts") -> None:
+        """Add another's counts to these."""
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.utf8_bytes += other.utf8_bytes
+        self.dropped += other.dropped
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "dropped": dict(sorted(self.dropped.items()))}
+
+
+@dataclass(frozen=True)
+class UnitLedger:
+    """What a finished unit holds: counts by split and source, and samples of what it dropped."""
+
+    counts: dict[str, dict[str, Counts]]
+    samples: list[dict[str, Any]]
+
+    def total(self, split: str | None = None) -> Counts:
+        """The counts of a split, or of all."""
+        total = Counts()
+        for name, sources in self.counts.items():
+            if split in (None, name):
+                for counts in sources.values():
+                    total.add(counts)
+        return total
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A document before it is tokenized: its text, or why it is dropped."""
+
+    id: str
+    source: str
+    split: str
+    text: str | Dropped
 
 
 @dataclass(frozen=True)
@@ -67,24 +110,42 @@ def survey_files(content: Content, files: Sequence[SourceFile]) -> list[Survey]:
     return [survey(content, file) for file in files]
 
 
-def _documents(content: Content, unit: Unit) -> Iterator[tuple[str, str, str | Dropped]]:
-    """(id, split, text or why it is dropped) of a unit's documents, in the order in which they are written."""
+def documents(content: Content, unit: Unit, flags: np.ndarray | None = None) -> Iterator[Prepared]:
+    """A unit's documents in the order in which they are written; `flags` (uint8, one each) mark duplicates.
+
+    What could not be read comes last, each as one `Prepared` of the training split for every document lost.
+    """
     key = derive_key("document order", content.seed)
-    documents = [document for piece in unit for document in read_piece(content, piece)]
-    documents.sort(key=lambda document: (keyed_hash(key, document.id), document.id))
-    for document in documents:
-        yield document.id, choose_split(document.id, content), clean(document.id, document.data, content.clean)
+    found: list[tuple[int, str, Document]] = []
+    skipped: list[tuple[str, Skipped]] = []
+    for piece in unit:
+        source = content.sources[piece.source].name
+        for item in read_piece(content, piece):
+            if isinstance(item, Skipped):
+                skipped.append((source, item))
+            else:
+                found.append((keyed_hash(key, item.id), source, item))
+    found.sort(key=lambda entry: (entry[0], entry[2].id))
+    for place, (_, source, document) in enumerate(found):
+        text = clean(document.id, document.data, content.clean)
+        if flags is not None and flags[place] and isinstance(text, str):
+            text = Dropped(DUPLICATE_REASONS[int(flags[place])], text)
+        yield Prepared(document.id, source, choose_split(document.id, content), text)
+    for source, lost in skipped:
+        for _ in range(lost.count):
+            yield Prepared(lost.id, source, TRAIN, Dropped(lost.reason))
 
 
-def _sample(content: Content, units: Sequence[Unit]) -> Iterator[str]:
+def _sample(content: Content, units: Sequence[Unit], flags: "Flags | None") -> Iterator[str]:
     """About `sample_bytes` of training text, spread over many units (which come in keyed order)."""
     assert content.tokenizer.train is not None
     left = content.tokenizer.train.sample_bytes
     chosen = units[: max(_SAMPLE_UNITS, -(-2 * left // content.unit_bytes))]
     for number, unit in enumerate(chosen):
         share = -(-left // (len(chosen) - number))
-        for _, split, text in _documents(content, unit):
-            if split == TRAIN and isinstance(text, str) and share > 0:
+        for document in documents(content, unit, flags.of(number) if flags else None):
+            text = document.text
+            if document.split == TRAIN and isinstance(text, str) and share > 0:
                 # As many characters as bytes are left: at least that much text, and no character is cut.
                 text = text[:share]
                 size = len(text.encode())
@@ -94,14 +155,14 @@ def _sample(content: Content, units: Sequence[Unit]) -> Iterator[str]:
             return
 
 
-def make_tokenizer(content: Content, units: Sequence[Unit], target: Path) -> None:
+def make_tokenizer(content: Content, units: Sequence[Unit], flags: "Flags | None", target: Path) -> None:
     """Train the tokenizer and write it to `target`.
 
     Raises:
         UserError: no training text, or not enough for the vocabulary.
     """
     assert content.tokenizer.train is not None
-    sample = _sample(content, units)
+    sample = _sample(content, units, flags)
     first = next(sample, None)
     if first is None:
         raise UserError(
@@ -134,40 +195,80 @@ def unit_ledger(workspace: Path, number: int) -> Path:
 
 
 def encode_unit(
-    content: Content, number: int, unit: Unit, tokenizer: Path, tokenizer_sha256: str, workspace: Path
+    content: Content,
+    number: int,
+    unit: Unit,
+    flags: "Flags | None",
+    tokenizer: Path,
+    tokenizer_sha256: str,
+    workspace: Path,
+    samples: int,
 ) -> int:
     """Tokenize a unit, write its tokens by split, enter it in the ledger, and return its number."""
     model = _load_tokenizer(tokenizer, tokenizer_sha256)
-    dtype = np.uint16 if model.vocab_size <= 1 << 16 else np.int32
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in split_names(content)}
-    utf8_bytes: Counter[str] = Counter()
-    dropped: dict[str, Counter[str]] = {split: Counter() for split in encoded}
-    for _, split, text in _documents(content, unit):
-        if isinstance(text, Dropped):
-            dropped[split][text.reason] += 1
+    counts: dict[str, dict[str, Counts]] = {split: {} for split in encoded}
+    dropped: dict[str, list[dict[str, Any]]] = {}
+    sample_key = derive_key("dropped samples", content.seed)
+    for document in documents(content, unit, flags.of(number) if flags else None):
+        entry = counts[document.split].setdefault(document.source, Counts())
+        if isinstance(document.text, Dropped):
+            reason = document.text.reason
+            entry.dropped[reason] += 1
+            if samples:
+                keep_samples(dropped.setdefault(reason, []), [_sample_of(document, sample_key)], samples)
             continue
-        ids = model.encode(text)
-        ids.append(model.eos_id)
-        encoded[split].append(np.array(ids, dtype))
-        utf8_bytes[split] += len(text.encode())
-    counts: dict[str, Any] = {}
-    for split, documents in encoded.items():
+        ids = model.encode_array(document.text)
+        encoded[document.split].append(ids)
+        entry.documents += 1
+        entry.tokens += len(ids)
+        entry.utf8_bytes += len(document.text.encode())
+    for split, arrays in encoded.items():
         with ShardWriter(unit_stem(workspace, number, split), model.vocab_size) as writer:
-            for tokens in documents:
-                writer.append(tokens, np.array([len(tokens)]))
-        record = writer.record
-        counts[split] = asdict(SplitCounts(record.documents, record.tokens, utf8_bytes[split], dict(dropped[split])))
-    write_json(unit_ledger(workspace, number), counts)
+            for ids in arrays:
+                writer.append(ids, np.array([len(ids)]))
+    record = {
+        "counts": {
+            split: {source: entry.record() for source, entry in sorted(sources.items())}
+            for split, sources in counts.items()
+        },
+        "samples": [sample for _, kept in sorted(dropped.items()) for sample in kept],
+    }
+    write_json(unit_ledger(workspace, number), record)
     return number
 
 
-def read_ledger(workspace: Path, number: int) -> dict[str, SplitCounts] | None:
-    """A finished unit's counts by split; None: it is not finished."""
+def _sample_of(document: Prepared, key: bytes) -> dict[str, Any]:
+    assert isinstance(document.text, Dropped)
+    data = document.text.data
+    shown = data if isinstance(data, str) else repr(data[:_SAMPLE_CHARACTERS])
+    return {
+        "reason": document.text.reason,
+        "split": document.split,
+        "id": document.id,
+        "text": shown[:_SAMPLE_CHARACTERS],
+        "order": keyed_hash(key, document.id),
+    }
+
+
+def keep_samples(kept: list[dict[str, Any]], more: Sequence[dict[str, Any]], number: int) -> None:
+    """Keep, in place, the `number` samples that come first in their keyed order."""
+    kept += more
+    kept.sort(key=lambda sample: (sample["order"], sample["id"]))
+    del kept[number:]
+
+
+def read_ledger(workspace: Path, number: int) -> UnitLedger | None:
+    """A finished unit's ledger; None: it is not finished."""
     try:
-        entries = json.loads(unit_ledger(workspace, number).read_bytes())
+        record = json.loads(unit_ledger(workspace, number).read_bytes())
     except FileNotFoundError:
         return None
-    return {split: SplitCounts(**entry) for split, entry in entries.items()}
+    counts = {
+        split: {source: Counts(**{**entry, "dropped": Counter(entry["dropped"])}) for source, entry in sources.items()}
+        for split, sources in record["counts"].items()
+    }
+    return UnitLedger(counts, record["samples"])
 
 
 def plan_shards(workspace: Path, units: int, split: str, shard_tokens: int) -> Iterator[tuple[ShardPart, ...]]:

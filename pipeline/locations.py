@@ -17,6 +17,15 @@ class Document:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """`count` documents that could not be read, where the configuration says to go on; `id` says where they were."""
+
+    id: str
+    reason: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """A file of source number `source`; `name` is relative to the source's root, `url` says where it lies."""
 

@@ -2,8 +2,8 @@
 
     python -m pipeline.prepare CONFIG [key=value ...]
 
-Stages: survey (hash the sources, cut them into units), tokenizer, encode (units), write (shards), manifest. What is
-finished is never done again; nothing counts before the manifest is there.
+Stages: scan (hash the sources, cut them into units), duplicates, tokenizer, encode (units), write (shards), manifest.
+What is finished is never done again; nothing counts before the manifest is there.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -25,19 +26,23 @@ from typing import Any
 
 from pipeline import encode
 from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
-from pipeline.cluster import ray_cluster, run_tasks
+from pipeline.card import write_card
+from pipeline.clean import function_file
+from pipeline.cluster import ClusterLostError, ray_cluster, run_tasks
 from pipeline.config import PrepareConfig
+from pipeline.duplicates import Flags, find_duplicates
 from pipeline.errors import UserError, run_command
 from pipeline.locations import SourceFile
-from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, VERSION, ShardRecord, dataset_digest, read_manifest
+from pipeline.progress import Progress
+from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, TRAIN, VERSION, ShardRecord, dataset_digest, read_manifest
 from pipeline.sources import Survey, cut_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
 
 LOG = "prepare.log"
+DROPPED = "dropped.jsonl"
 _WORKSPACE = ".work"
 _FILES_AT_ONCE = 256
-_SECONDS_BETWEEN_LINES = 2.0
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
@@ -74,10 +79,12 @@ class _Preparation:
         with ray_cluster(self.config.execution) as workers:
             with self._stage("scan"):
                 surveys, units = self._scan(files, workers)
+            with self._stage("duplicates"):
+                flags = self._duplicates(units, workers)
             with self._stage("tokenizer"):
-                tokenizer = self._tokenizer(units)
+                tokenizer = self._tokenizer(units, flags)
             with self._stage("encode"):
-                ledger = self._encode(units, tokenizer, workers)
+                ledger = self._encode(units, flags, tokenizer, workers)
             with self._stage("write"):
                 shards = self._write(ledger, tokenizer, workers)
         return self._commit(surveys, tokenizer, ledger, shards)
@@ -103,7 +110,11 @@ class _Preparation:
 
     def _scan(self, files: Sequence[SourceFile], workers: int) -> tuple[list[Survey], list[encode.Unit]]:
         jobs = [(self.content, batch) for batch in _batches(files, workers)]
-        surveys = [found for batch in run_tasks(encode.survey_files, jobs, workers) for found in batch]
+        progress = Progress("scan", len(files), "files", self.say)
+        surveys: list[Survey] = []
+        for batch in self._run(encode.survey_files, jobs, workers):
+            surveys += batch
+            progress.add(len(batch), n_bytes=sum(found.size for found in batch))
         surveys.sort(key=lambda found: (found.file.source, found.file.name))
         self._bind_workspace(self._inputs(surveys))
         units = cut_units(surveys, self.content)
@@ -117,6 +128,9 @@ class _Preparation:
             "content": self.content.record(),
             "sources": [found.record(names) for found in surveys],
         }
+        if self.content.clean.function is not None:
+            file = function_file(self.content.clean.function)
+            record["content"]["clean"]["function_sha256"] = hash_file(file)
         if self.content.tokenizer.path is not None:
             path = Path(self.content.tokenizer.path).expanduser()
             if not path.is_file():
@@ -154,7 +168,19 @@ class _Preparation:
                 + "\nGive a new directory (execution.output=DIR), take the change back, or delete this one."
             )
 
-    def _tokenizer(self, units: Sequence[encode.Unit]) -> Tokenizer:
+    def _run(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Any]:
+        return run_tasks(function, jobs, workers, self.config.execution.task)
+
+    def _duplicates(self, units: Sequence[encode.Unit], workers: int) -> Flags | None:
+        def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+            progress = Progress(f"duplicates ({function.__name__.replace('_', ' ')})", len(jobs), "parts", self.say)
+            for result in self._run(function, jobs, workers):
+                progress.add(1)
+                yield result
+
+        return find_duplicates(self.content, units, self.workspace, run)
+
+    def _tokenizer(self, units: Sequence[encode.Unit], flags: Flags | None) -> Tokenizer:
         target = self.output / TOKENIZER
         done = self.workspace / "tokenizer.done"
         if not (done.exists() and target.exists() and done.read_text() == hash_file(target)):
@@ -164,7 +190,7 @@ class _Preparation:
                     file.write(given.path.read_bytes())
             else:
                 self.say("tokenizer: training")
-                for _ in run_tasks(encode.make_tokenizer, [(self.content, units, target)], 1):
+                for _ in self._run(encode.make_tokenizer, [(self.content, units, flags, target)], 1):
                     pass
             with write_aside(done) as file:
                 file.write(hash_file(target).encode())
@@ -173,41 +199,34 @@ class _Preparation:
         return tokenizer
 
     def _encode(
-        self, units: Sequence[encode.Unit], tokenizer: Tokenizer, workers: int
-    ) -> list[dict[str, encode.SplitCounts]]:
+        self, units: Sequence[encode.Unit], flags: Flags | None, tokenizer: Tokenizer, workers: int
+    ) -> list[encode.UnitLedger]:
         ledger = [encode.read_ledger(self.workspace, number) for number in range(len(units))]
-        sizes = [sum(piece.n_bytes for piece in unit) for unit in units]
         todo = [number for number, entry in enumerate(ledger) if entry is None]
         if len(todo) < len(units):
             self.say(f"encode: going on; {len(units) - len(todo)} of {len(units)} units are finished")
-        started = last_line = time.monotonic()
-        documents = done_bytes = 0
-        sha256 = hash_file(tokenizer.path)
-        jobs = ((self.content, number, units[number], tokenizer.path, sha256, self.workspace) for number in todo)
-        for finished, number in enumerate(run_tasks(encode.encode_unit, jobs, workers), 1):
+        progress = Progress("encode", len(units), "units", self.say, done=len(units) - len(todo))
+        sha256, samples = hash_file(tokenizer.path), self.config.execution.dropped_samples
+        jobs = (
+            (self.content, number, units[number], flags, tokenizer.path, sha256, self.workspace, samples)
+            for number in todo
+        )
+        for number in self._run(encode.encode_unit, jobs, workers):
             entry = encode.read_ledger(self.workspace, number)
             assert entry is not None
             ledger[number] = entry
-            documents += sum(counts.documents for counts in entry.values())
-            done_bytes += sizes[number]
-            now = time.monotonic()
-            if now - last_line >= _SECONDS_BETWEEN_LINES or finished == len(todo):
-                rate = done_bytes / 1e6 / max(now - started, 1e-9)
-                total = len(units) - len(todo) + finished
-                self.say(
-                    f"encode: {documents:,} documents, {done_bytes / 1e6:.1f} MB, {rate:.1f} MB/s, "
-                    f"{total}/{len(units)} units"
-                )
-                last_line = now
+            total = entry.total()
+            n_bytes = sum(piece.n_bytes for piece in units[number])
+            progress.add(1, documents=total.documents, tokens=total.tokens, n_bytes=n_bytes)
         return [entry for entry in ledger if entry is not None]
 
     def _write(
-        self, ledger: Sequence[dict[str, encode.SplitCounts]], tokenizer: Tokenizer, workers: int
+        self, ledger: Sequence[encode.UnitLedger], tokenizer: Tokenizer, workers: int
     ) -> dict[str, list[ShardRecord]]:
         shards: dict[str, dict[int, ShardRecord]] = {}
         jobs: list[tuple[Any, ...]] = []
         for split in encode.split_names(self.content):
-            if not sum(counts[split].documents for counts in ledger):
+            if not any(entry.total(split).documents for entry in ledger):
                 raise UserError(self._explain_empty(split, ledger))
             (self.output / split).mkdir(exist_ok=True)
             shards[split] = {}
@@ -216,20 +235,23 @@ class _Preparation:
                 (self.workspace, self.output, split, number, parts, tokenizer.vocab_size)
                 for number, parts in enumerate(plan)
             ]
-        for split, number, record in run_tasks(encode.assemble_shard, jobs, workers):
+        progress = Progress("write", len(jobs), "shards", self.say)
+        for split, number, record in self._run(encode.assemble_shard, jobs, workers):
             shards[split][number] = record
+            progress.add(1, n_bytes=record.bytes)
         self.say(f"write: {len(jobs)} shards, {sum(r.bytes for s in shards.values() for r in s.values()) / 1e6:.1f} MB")
         return {split: [records[number] for number in sorted(records)] for split, records in shards.items()}
 
     @staticmethod
-    def _explain_empty(split: str, ledger: Sequence[dict[str, encode.SplitCounts]]) -> str:
-        total = sum(counts.documents for entry in ledger for counts in entry.values())
-        dropped = sum((Counter(counts.dropped) for entry in ledger for counts in entry.values()), Counter[str]())
-        if not total:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+    def _explain_empty(split: str, ledger: Sequence[encode.UnitLedger]) -> str:
+        total = encode.Counts()
+        for entry in ledger:
+            total.add(entry.total())
+        if not total.documents:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
             return f"content.sources: no document with text{f' (dropped: {reasons})' if reasons else ''}"
         return (
-            f"content.splits: none of the {total} documents falls into {split!r}; "
+            f"content.splits: none of the {total.documents} documents falls into {split!r}; "
             "raise or lower its fraction, remove the split, or change content.seed"
         )
 
@@ -237,18 +259,25 @@ class _Preparation:
         self,
         surveys: Sequence[Survey],
         tokenizer: Tokenizer,
-        ledger: Sequence[dict[str, encode.SplitCounts]],
+        ledger: Sequence[encode.UnitLedger],
         shards: dict[str, list[ShardRecord]],
     ) -> dict[str, Any]:
         inputs = self._inputs(surveys)
         splits: dict[str, Any] = {}
         for split, records in shards.items():
-            counts = [entry[split] for entry in ledger]
+            by_source = {source.name: encode.Counts() for source in self.content.sources}
+            for entry in ledger:
+                for source, counts in entry.counts[split].items():
+                    by_source[source].add(counts)
+            if split == TRAIN:
+                for found in surveys:
+                    by_source[self.content.sources[found.file.source].name].dropped.update(found.skipped)
+            total = encode.Counts()
+            for counts in by_source.values():
+                total.add(counts)
             splits[split] = {
-                "documents": sum(count.documents for count in counts),
-                "tokens": sum(count.tokens for count in counts),
-                "utf8_bytes": sum(count.utf8_bytes for count in counts),
-                "dropped": dict(sum((Counter(count.dropped) for count in counts), Counter[str]())),
+                **total.record(),
+                "by_source": {source: counts.record() for source, counts in by_source.items()},
                 "shards": [asdict(record) for record in records],
             }
             for file in (self.output / split).iterdir():
@@ -278,6 +307,8 @@ class _Preparation:
             "seconds": self.seconds,
         }
         manifest["digest"] = dataset_digest(manifest)
+        self._write_samples(ledger)
+        write_card(self.output, manifest)
         write_json(self.output / MANIFEST, manifest)
         shutil.rmtree(self.workspace, ignore_errors=True)
         for split, entry in splits.items():
@@ -289,6 +320,20 @@ class _Preparation:
             self.say(f"dropped: {count} {reason}")
         self.say(f"done: {self.output}, digest {manifest['digest']}")
         return manifest
+
+    def _write_samples(self, ledger: Sequence[encode.UnitLedger]) -> None:
+        kept: dict[str, list[dict[str, Any]]] = {}
+        for entry in ledger:
+            for sample in entry.samples:
+                encode.keep_samples(
+                    kept.setdefault(sample["reason"], []), [sample], self.config.execution.dropped_samples
+                )
+        if self.config.execution.dropped_samples:
+            with write_aside(self.output / DROPPED) as file:
+                for _, samples in sorted(kept.items()):
+                    for sample in samples:
+                        line = {name: value for name, value in sample.items() if name != "order"}
+                        file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
 
 def _config_changes(old: Any, new: Any, key: str) -> list[str]:
@@ -371,6 +416,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", flush=True)
         return 130
+    except ClusterLostError as error:
+        print(f"{error}; start it and run the same command again: finished work is kept", file=sys.stderr, flush=True)
+        # What is left of Ray in this process would wait for the cluster, or end it with a status of its own.
+        os._exit(1)
     return 0
 
 

@@ -6,7 +6,7 @@ bounded size; a piece is read by itself, on any machine that sees the file.
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, cast
 
 from pipeline.atomic import hash_stream
@@ -25,6 +25,7 @@ class Survey:
     size: int
     sha256: str
     pieces: tuple[Piece, ...]
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
         """The manifest's entry: source name, relative name, size in bytes, SHA-256."""

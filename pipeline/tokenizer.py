@@ -118,6 +118,15 @@ class Tokenizer:
             first += self._space_spelt_in_bytes + part
         return list(first)
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """The ids of a text and the end piece that closes it: (n,) int32."""
+        if self._space_spelt_in_bytes is None or _SPACE not in text:
+            # Without a Python object for every id: nearly half the time of `encode`.
+            ids = np.asarray(self._model.encode(text, out_type="numpy"))
+        else:
+            ids = np.array(self.encode(text))
+        return np.append(ids, self.eos_id).astype(np.int32, copy=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special pieces have none."""
         text: str = self._model.decode(list(ids))

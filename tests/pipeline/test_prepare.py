@@ -195,7 +195,7 @@ def test_a_job_that_is_ended_goes_on(
         assert prepare(make_config(**slow_content))["digest"] == undisturbed
     assert f"encode: going on; {finished} of " in said.getvalue()
     assert sorted(entry.name for entry in output.iterdir()) == [
-        "manifest.json", "prepare.log", "tokenizer.model", "train", "valid",
+        "README.md", "manifest.json", "prepare.log", "tokenizer.model", "train", "valid",
     ]  # fmt: skip
 
 
@@ -408,7 +408,7 @@ from pipeline.config import PrepareConfig
 from pipeline.strict_yaml import load_config
 from pipeline.errors import run_command
 prepare.ray_cluster = lambda execution: nullcontext(1)
-prepare.run_tasks = lambda function, jobs, workers: (function(*job) for job in jobs)
+prepare.run_tasks = lambda function, jobs, workers, resources: (function(*job) for job in jobs)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 run_command(lambda: prepare.prepare(load_config(PrepareConfig, sys.argv[1])) and 0)
 """

@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipeline.clean import EMPTY, INVALID_UTF8, Dropped, clean
+from pipeline.clean import Dropped, clean
 from pipeline.config import Clean, Content
 from pipeline.errors import UserError
 from pipeline.sources import cut_units, list_files, read_piece, survey
@@ -176,13 +176,15 @@ def test_text_that_is_not_utf8_reaches_the_cleaner_from_every_source(tmp_path: P
             for piece in unit
             for document in read_piece(config, piece)
         ]
-        assert [clean(document.id, document.data, skip) for document in documents] == [Dropped(INVALID_UTF8)] * count
+        for document in documents:
+            assert clean(document.id, document.data, skip) == Dropped("invalid_utf8", document.data)
+        assert len(documents) == count
         with pytest.raises(UserError, match=rf"{kind}:a\..*: not valid UTF-8 .*on_invalid_utf8=skip"):
             clean(documents[0].id, documents[0].data, Clean())
 
 
 def test_cleaning() -> None:
-    assert clean("d", b"", Clean()) == Dropped(EMPTY)
+    assert clean("d", b"", Clean()) == Dropped("empty")
     assert clean("d", b" \x00\n", Clean()) == " \x00\n"
     decomposed = "e\u0301ﬁ"
     assert clean("d", decomposed.encode(), Clean()) == decomposed

@@ -1,0 +1,155 @@
+"""Duplicates: which document stays, whatever the workers and parts, and after a stop; what is dropped is counted."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import duplicates
+from pipeline.config import Content, NearDuplicates, PrepareConfig
+from pipeline.duplicates import band_keys, find_duplicates, signature
+from pipeline.encode import documents
+from pipeline.prepare import prepare
+from pipeline.sources import cut_units, list_files, survey
+from pipeline.tokenizer import Tokenizer
+from pipeline.verify import verify
+
+MakeConfig = Callable[..., PrepareConfig]
+WORDS = [
+    f"{a}{b}" for a in ("ka", "lo", "mi", "ne", "ru", "sa") for b in ("ba", "den", "fir", "gos", "hul", "jam", "t")
+]
+
+
+def run_here(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Any:
+    """Tasks one after the other, in this process."""
+    return (function(*job) for job in jobs)
+
+
+def make_texts() -> list[str]:
+    """30 originals, 12 exact copies, 8 copies with one word changed in 200, an empty one and a short pair."""
+    chance = random.Random(1)
+    originals = [" ".join(chance.choices(WORDS, k=200)) for _ in range(30)]
+    near = []
+    for text in originals[:8]:
+        words = text.split()
+        words[100] = "other"
+        near.append(" ".join(words))
+    return [*originals, *originals[10:20], *originals[10:12], *near, "", "two words", "two words"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, bpe: str) -> dict[str, Any]:
+    """A corpus with duplicates, in many units."""
+    lines = [json.dumps({"text": text}) for text in make_texts()]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    return {
+        "sources": [{"type": "jsonl", "path": str(tmp_path / "corpus.jsonl")}],
+        "tokenizer": {"path": bpe},
+        "splits": {"valid": 0.2},
+        "unit_bytes": 6000,
+        "clean": {"exact_duplicates": True, "near_duplicates": {"threshold": 0.8}},
+    }
+
+
+def written_order(content: Content) -> list[str]:
+    """All texts, in the order of units and of documents in them."""
+    units = cut_units([survey(content, file) for file in list_files(content)], content)
+    return [item.text if isinstance(item.text, str) else "" for unit in units for item in documents(content, unit)]
+
+
+@pytest.mark.parametrize("records", [4_000_000, 7])
+def test_the_first_of_those_alike_stays(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, records: int
+) -> None:
+    """Against a comparison of all pairs by their true similarity; a join cut into many parts finds the same."""
+    monkeypatch.setattr(duplicates, "_RECORDS_A_JOIN", records)
+    content = Content.model_validate(settings)
+    units = cut_units([survey(content, file) for file in list_files(content)], content)
+    flags = find_duplicates(content, units, tmp_path, run_here)
+    assert flags is not None
+    found = np.concatenate([flags.of(number) for number in range(len(units))]).tolist()
+    texts = written_order(content)
+
+    def grams(text: str) -> set[str]:
+        words = text.split()
+        return {" ".join(words[i : i + 5]) for i in range(max(1, len(words) - 4))}
+
+    expected = []
+    for place, text in enumerate(texts):
+        earlier = [other for other in texts[:place] if other]
+        alike = any(len(grams(text) & grams(o)) >= 0.8 * len(grams(text) | grams(o)) for o in earlier) and text
+        expected.append(1 if text and text in earlier else 2 if alike else 0)
+    assert found == expected
+    assert (expected.count(1), expected.count(2)) == (13, 8)
+
+
+def test_same_bytes_for_any_number_of_workers(
+    settings: dict[str, Any], make_config: MakeConfig, bpe: str, ray_address: str, tmp_path: Path
+) -> None:
+    manifests = []
+    for workers in (1, 3):
+        config = make_config(f"data-{workers}", workers, **settings)
+        config = config.model_copy(
+            update={"execution": config.execution.model_copy(update={"dropped_samples": 2 if workers == 1 else 0})}
+        )
+        manifests.append(prepare(config))
+        assert list(verify(tmp_path / f"data-{workers}")) == []
+    assert manifests[0]["digest"] == manifests[1]["digest"]
+    manifest = manifests[0]
+    assert manifest["dropped"] == {"empty": 1, "exact_duplicate": 13, "near_duplicate": 8}
+    documents_written = sum(split["documents"] for split in manifest["splits"].values())
+    assert documents_written + 22 == len(make_texts())
+    for split in manifest["splits"].values():
+        assert split["by_source"]["jsonl"]["documents"] == split["documents"]
+        assert split["by_source"]["jsonl"]["dropped"] == split["dropped"]
+    lines = (tmp_path / "data-1" / "dropped.jsonl").read_text().splitlines()
+    reasons = [json.loads(line)["reason"] for line in lines]
+    assert reasons == ["empty", "exact_duplicate", "exact_duplicate", "near_duplicate", "near_duplicate"]
+    assert not (tmp_path / "data-3" / "dropped.jsonl").exists()
+    assert Tokenizer(bpe).vocab_size == manifest["tokenizer"]["vocab_size"]
+
+
+def test_finished_parts_are_not_done_again(settings: dict[str, Any], tmp_path: Path) -> None:
+    content = Content.model_validate(settings)
+    units = cut_units([survey(content, file) for file in list_files(content)], content)
+    calls: list[str] = []
+
+    def stop_after(limit: int) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Any:
+            for job in jobs:
+                if len(calls) == limit:
+                    raise KeyboardInterrupt
+                calls.append(function.__name__)
+                yield function(*job)
+
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        find_duplicates(content, units, tmp_path, stop_after(3))
+    with pytest.raises(KeyboardInterrupt):
+        find_duplicates(content, units, tmp_path, stop_after(len(units) + 1))
+    stopped = find_duplicates(content, units, tmp_path, stop_after(-1))
+    assert calls.count("fingerprint_unit") == len(units)
+    (tmp_path / "other").mkdir()
+    whole = find_duplicates(content, units, tmp_path / "other", run_here)
+    assert stopped is not None
+    assert whole is not None
+    assert stopped.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_signatures_depend_on_the_text_alone() -> None:
+    near = NearDuplicates(permutations=16)
+    found = signature("a b c d e f g", near)
+    assert np.array_equal(found, signature("a  b\nc d e f g", near))
+    assert not np.array_equal(found, signature("g f e d c b a", near))
+    # A signature is part of what decides which documents a dataset holds: it must never change between machines.
+    assert signature("one two", near)[:2].tolist() == FIRST_HASHES
+    keys = band_keys(np.stack([found, found]), near)
+    assert np.array_equal(keys[0], keys[1])
+
+
+FIRST_HASHES = [1845382685, 2314411500]
