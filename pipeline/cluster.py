@@ -3,7 +3,9 @@
 import os
 import shutil
 import socket
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,7 +49,8 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"execution.ray_address (or RAY_ADDRESS): {address}: cannot be reached: {error}") from None
         try:
-            yield execution.workers or int(ray.cluster_resources().get("CPU", 1))
+            with _watched_head():
+                yield execution.workers or int(ray.cluster_resources().get("CPU", 1))
         finally:
             ray.shutdown()
         return
@@ -95,6 +98,41 @@ class ClusterLostError(RuntimeError):
     """The cluster that ran the tasks is gone."""
 
 
+@contextmanager
+def _watched_head() -> Iterator[None]:
+    """End the process, with a clear message, once the cluster's head no longer answers.
+
+    Ray's own calls block then, and after a minute it ends the process from another thread, with a stack trace.
+    """
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    ended = threading.Event()
+
+    def watch() -> None:
+        answered = time.monotonic()
+        while not ended.wait(_HEAD_CHECK_SECONDS):
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+                answered = time.monotonic()
+            except OSError as error:
+                if time.monotonic() - answered > _HEAD_SILENT_SECONDS and not ended.is_set():
+                    end_for_lost_cluster(ClusterLostError(f"the Ray cluster is gone ({host}:{port}: {error})"))
+
+    thread = threading.Thread(target=watch, name="head watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def end_for_lost_cluster(error: ClusterLostError) -> None:
+    """Say what to do and end the process: what is left of Ray in it would wait for the cluster, or abort."""
+    print(f"{error}; start it and run the same command again: finished work is kept", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 def run_tasks(
     function: Callable[..., R], jobs: Iterable[tuple[Any, ...]], workers: int, resources: TaskResources
 ) -> Iterator[R]:
@@ -105,7 +143,7 @@ def run_tasks(
     Raises:
         UserError: as a task raised it (the others are waited for); no node can ever run such a task; a task's worker
             died more often than it is run again.
-        ClusterLostError: the head node no longer answers.
+        ClusterLostError: Ray no longer answers.
     """
     import ray
     from ray import exceptions
@@ -119,14 +157,11 @@ def run_tasks(
     )(function)
     waiting = iter(jobs)
     running = {task.remote(*job): job for job in islice(waiting, workers)}
-    head = _Head(ray.get_runtime_context().gcs_address)
     job: tuple[Any, ...] = ()
     try:
         while running:
             # With a time limit, so that an interrupt is seen.
             finished, _ = ray.wait(list(running), num_returns=1, timeout=_STOP_CHECK_SECONDS)
-            if not finished:
-                head.check()
             for reference in finished:
                 job = running.pop(reference)
                 result = ray.get(reference)
@@ -152,27 +187,6 @@ def run_tasks(
         # Cancelling a task that ends at that moment can abort this process (Ray 2.60): they are waited for.
         if running:
             ray.wait(list(running), num_returns=len(running))
-
-
-class _Head:
-    """Whether the head node still answers; Ray itself waits for a minute and then ends the process."""
-
-    def __init__(self, address: str) -> None:
-        host, _, port = address.rpartition(":")
-        self._address = host.strip("[]"), int(port)
-        self._answered = self._checked = time.monotonic()
-
-    def check(self) -> None:
-        now = time.monotonic()
-        if now - self._checked < _HEAD_CHECK_SECONDS:
-            return
-        self._checked = now
-        try:
-            socket.create_connection(self._address, timeout=_CONNECT_SECONDS).close()
-            self._answered = now
-        except OSError as error:
-            if now - self._answered > _HEAD_SILENT_SECONDS:
-                raise ClusterLostError(f"its head {self._address} does not answer") from error
 
 
 def _check_satisfiable(wanted: TaskResources) -> None:

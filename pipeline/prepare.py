@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,7 @@ from pipeline import encode
 from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
 from pipeline.card import write_card
 from pipeline.clean import function_file
-from pipeline.cluster import ClusterLostError, ray_cluster, run_tasks
+from pipeline.cluster import ClusterLostError, end_for_lost_cluster, ray_cluster, run_tasks
 from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates
 from pipeline.errors import UserError, run_command
@@ -417,9 +416,7 @@ def main() -> int:
         print("interrupted; the same command goes on from what is finished", flush=True)
         return 130
     except ClusterLostError as error:
-        print(f"{error}; start it and run the same command again: finished work is kept", file=sys.stderr, flush=True)
-        # What is left of Ray in this process would wait for the cluster, or end it with a status of its own.
-        os._exit(1)
+        end_for_lost_cluster(error)
     return 0
 
 
