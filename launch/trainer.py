@@ -164,6 +164,7 @@ def train(config: RunConfig, processes: Processes) -> int:
                 if position < accumulation - 1:
                     engine.step()
             dist.all_reduce(nats)
+            # This waits for the GPU: nothing reads the step's batches any more when the next step is asked for.
             loss = nats.item() / max(targets, 1)
             if not math.isfinite(loss):
                 status = _report_bad_numbers(progress, "loss", loss, step.samples)
