@@ -1,4 +1,4 @@
-"""What a person sees of a run in MLflow's pages: curves, parameters, the dataset with its digest."""
+"""What a person sees of a run in MLflow's pages: curves, parameters, the dataset with its digest, card and picture."""
 
 import json
 import os
@@ -83,3 +83,16 @@ def test_overview_and_curves(run_dir: Path, ui: str, prepared_data: Path, tmp_pa
     words = " ".join(re.sub(r"<[^>]+>", " ", curves).split())
     for section in ("train (4)", "valid (3)", "perf (3)"):
         assert section in words, section
+
+
+def test_the_data_is_shown_with_its_card_and_picture(
+    run_dir: Path, ui: str, prepared_data: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((prepared_data / "manifest.json").read_text())
+    run_id = json.loads((run_dir / "tracking.json").read_text())["run_id"]
+    artifacts = f"{ui}/#/experiments/1/runs/{run_id}/artifacts/data/{prepared_data.name}"
+    card = " ".join(re.sub(r"<[^>]+>", " ", rendered(f"{artifacts}/card.md", tmp_path / "profile")).split())
+    for shown in ("Token shards: text", manifest["digest"], f"{manifest['splits']['train']['tokens']:,}"):
+        assert shown in card, shown
+    page = rendered(f"{artifacts}/figure.png", tmp_path / "profile")
+    assert re.search(r'<img[^>]+src="(blob:|data:image|[^"]*figure\.png)', page), "no picture"

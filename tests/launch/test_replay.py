@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 
 from launch.config import RunConfig, load_run_config
+from launch.datasets_used import dataset_facts
 from launch.engine import free_port
 from launch.replay import Sender
 from launch.run_directory import RunDirectory
 from launch.tracking import Tracker, last_attempt, run_facts
+from pipeline.shards import TokenDataset
 
 DIGEST = "0123456789abcdef" * 4
 GONE = {
@@ -47,9 +50,9 @@ def directory(config: RunConfig) -> RunDirectory:
     return open_directory(config)
 
 
-def open_directory(config: RunConfig) -> RunDirectory:
+def open_directory(config: RunConfig, dataset: dict[str, Any] = GONE) -> RunDirectory:
     directory = RunDirectory(config.run.dir)
-    directory.open(config, run_facts(config, [GONE], world_size=2))
+    directory.open(config, run_facts(config, [dataset], world_size=2))
     return directory
 
 
@@ -106,9 +109,25 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert run.data.tags["dataset.training.digest"] == DIGEST
     (logged,) = run.inputs.dataset_inputs
     assert (logged.dataset.name, logged.dataset.digest) == ("data/train", DIGEST[:32])
+    assert json.loads(logged.dataset.profile)["sources"] == "unknown"
     assert len(run.outputs.model_outputs) == 1
     assert (directory.path / "artifacts").is_dir()
     assert not Path("mlruns").exists()
+
+
+def test_a_restart_with_another_validation_set_adds_it(config: RunConfig, directory: RunDirectory) -> None:
+    Tracker(directory, quiet(config), attempt=0)
+    Sender(directory).send_new()
+    directory.close()
+    more = GONE | {"context": "valid", "name": "other/valid", "digest": "f" * 64}
+    directory.open(config, run_facts(config, [GONE, more], world_size=2))
+    Tracker(directory, quiet(config), attempt=1)
+    Sender(directory).send_new()
+    inputs = stored_run(directory).inputs.dataset_inputs
+    assert sorted((found.dataset.name, found.tags[0].value) for found in inputs) == [
+        ("data/train", "training"),
+        ("other/valid", "valid"),
+    ]
 
 
 def test_a_sender_that_died_after_sending_sends_nothing_twice(config: RunConfig, directory: RunDirectory) -> None:
@@ -143,17 +162,27 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert history(directory, "train/loss") == [(1, 5.0)]
 
 
-def test_a_server_that_is_dead_loses_nothing(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    """Dead when the run starts, killed while it goes on, back before it ends: the sender process sees it through."""
+def test_a_server_that_is_dead_loses_nothing(
+    write_config: Callable[..., Path], prepared_data: Path, tmp_path: Path
+) -> None:
+    """Dead when the run starts, killed while it goes on, back before it ends: the sender process sees it through.
+
+    The data is deleted before a server was there.
+    """
+    from mlflow import MlflowClient
+
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
     config = load_run_config(write_config(run={"dir": str(tmp_path / "run")}, tracking={"uri": uri}))
-    directory = open_directory(config)
+    data = tmp_path / "data"
+    shutil.copytree(prepared_data, data)
+    directory = open_directory(config, dataset_facts("training", TokenDataset.open(data, "train")))
     began = time.monotonic()
     tracker = Tracker(directory, config, attempt=0)
     tracker.log(1, {"train/loss": 1.0})
     assert time.monotonic() - began < 5, "the trainer waited for the server"
     wait_for(lambda: "did not take the records" in (directory.path / "replay.log").read_text(), 90)
+    shutil.rmtree(data)
     with server(tmp_path, port):
         wait_for(lambda: directory.tracking.exists() and history(directory, "train/loss") == [(1, 1.0)], 90)
     tracker.log(2, {"train/loss": 2.0})
@@ -162,7 +191,11 @@ def test_a_server_that_is_dead_loses_nothing(write_config: Callable[..., Path], 
         tracker.log(3, {"train/loss": 3.0})
         assert tracker.close("FINISHED") is None
         assert history(directory, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
-        assert stored_run(directory).info.status == "FINISHED"
+        run = stored_run(directory)
+        assert run.info.status == "FINISHED"
+        assert json.loads(run.inputs.dataset_inputs[0].dataset.profile)["documents"] > 0
+        sent = MlflowClient(tracking_uri=uri).list_artifacts(run.info.run_id, "data/data")
+        assert {artifact.path for artifact in sent} == {"data/data/card.md", "data/data/figure.png"}
 
 
 @contextmanager
