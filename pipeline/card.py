@@ -170,7 +170,9 @@ def _cleaning(manifest: dict[str, Any]) -> list[str]:
 
 def _explain(key: str) -> str:
     field = Clean.model_fields.get(key)
-    return f": {field.description}" if field and field.description else ""
+    if not field or not field.description:
+        return ""
+    return ": " + re.sub(r"^(true|skip|Given): (\w)", lambda found: found[2].upper(), field.description)
 
 
 def _tokenizer(manifest: dict[str, Any]) -> list[str]:
@@ -208,6 +210,8 @@ def config_yaml(manifest: dict[str, Any]) -> str:
     import yaml
 
     content = dict(manifest["content"])
+    if "clean" in content:  # where a function's hash is beside its name
+        content["clean"] = {key: value for key, value in content["clean"].items() if key in Clean.model_fields}
     content["sources"] = [{**source, "path": "PATH"} for source in content["sources"]]
     if "train" not in content.get("tokenizer", {}):
         content["tokenizer"] = {"path": manifest["tokenizer"]["file"]}

@@ -94,6 +94,11 @@ def own_folder(output: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{name}"
 
 
+def in_sequence(function: Callable[..., R], jobs: Sequence[tuple[Any, ...]]) -> list[R]:
+    """A task of several jobs that are done one after the other."""
+    return [function(*job) for job in jobs]
+
+
 class ClusterLostError(RuntimeError):
     """The cluster that ran the tasks is gone."""
 
@@ -209,6 +214,8 @@ def _check_satisfiable(wanted: TaskResources) -> None:
 
 def _describe(job: Sequence[Any]) -> str:
     """A job's first piece of a file, where it has one."""
+    if job and isinstance(job[-1], list) and job[-1]:
+        job = job[-1][0]
     for argument in job:
         if isinstance(argument, tuple) and argument and isinstance(argument[0], Piece):
             return f"{argument[0].url} [{argument[0].start}, {argument[0].stop})"

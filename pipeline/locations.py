@@ -1,5 +1,6 @@
 """Where files lie: paths, globs, fsspec URLs and installed packages; files, pieces of files, and documents."""
 
+import io
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -104,7 +105,15 @@ def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: st
 def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
     """Open for reading, unpacked by the name's ending unless `compression` is None."""
     import fsspec
+    from fsspec.utils import infer_compression
 
+    if compression == "infer" and infer_compression(url) == "zstd":
+        import pyarrow
+
+        # fsspec's reader takes a truncated file for a whole one.
+        packed = fsspec.open(url, "rb", compression=None).open()
+        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
+        return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
     return cast(BinaryIO, fsspec.open(url, "rb", compression=compression).open())
 
 
@@ -113,3 +122,13 @@ def is_compressed(url: str) -> bool:
     from fsspec.utils import infer_compression
 
     return infer_compression(url) is not None
+
+
+def read_errors() -> tuple[type[BaseException], ...]:
+    """What reading a damaged or vanished file raises, by file system and compression."""
+    import lzma
+    import zlib
+
+    import pyarrow
+
+    return OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowInvalid

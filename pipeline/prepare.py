@@ -26,15 +26,16 @@ from typing import Any
 from pipeline import encode
 from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
 from pipeline.card import write_card
+from pipeline.check import describe_sources
 from pipeline.clean import function_file
-from pipeline.cluster import ClusterLostError, end_for_lost_cluster, ray_cluster, run_tasks
+from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence, ray_cluster, run_tasks
 from pipeline.config import PrepareConfig
-from pipeline.duplicates import Flags, find_duplicates
+from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
 from pipeline.errors import UserError, run_command
 from pipeline.locations import SourceFile
 from pipeline.progress import Progress
 from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, TRAIN, VERSION, ShardRecord, dataset_digest, read_manifest
-from pipeline.sources import Survey, cut_units, list_files
+from pipeline.sources import Survey, cut_units, group_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
 
@@ -170,10 +171,23 @@ class _Preparation:
     def _run(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Any]:
         return run_tasks(function, jobs, workers, self.config.execution.task)
 
+    def _run_units(
+        self, function: Callable[..., int], jobs: dict[int, tuple[Any, ...]], units: Sequence[encode.Unit], workers: int
+    ) -> Iterator[int]:
+        """Run one job a unit, by number; units that are read in sequence are one task."""
+        groups = ([jobs[number] for number in group if number in jobs] for group in group_units(units))
+        tasks = ((function, group) for group in groups if group)
+        for numbers in self._run(in_sequence, tasks, workers):
+            yield from numbers
+
     def _duplicates(self, units: Sequence[encode.Unit], workers: int) -> Flags | None:
         def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
             progress = Progress(f"duplicates ({function.__name__.replace('_', ' ')})", len(jobs), "parts", self.say)
-            for result in self._run(function, jobs, workers):
+            if function is fingerprint_unit:
+                results = self._run_units(function, {job[1]: job for job in jobs}, units, workers)
+            else:
+                results = self._run(function, jobs, workers)
+            for result in results:
                 progress.add(1)
                 yield result
 
@@ -206,11 +220,11 @@ class _Preparation:
             self.say(f"encode: going on; {len(units) - len(todo)} of {len(units)} units are finished")
         progress = Progress("encode", len(units), "units", self.say, done=len(units) - len(todo))
         sha256, samples = hash_file(tokenizer.path), self.config.execution.dropped_samples
-        jobs = (
-            (self.content, number, units[number], flags, tokenizer.path, sha256, self.workspace, samples)
+        jobs: dict[int, tuple[Any, ...]] = {
+            number: (self.content, number, units[number], flags, tokenizer.path, sha256, self.workspace, samples)
             for number in todo
-        )
-        for number in self._run(encode.encode_unit, jobs, workers):
+        }
+        for number in self._run_units(encode.encode_unit, jobs, units, workers):
             entry = encode.read_ledger(self.workspace, number)
             assert entry is not None
             ledger[number] = entry
@@ -408,10 +422,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pipeline.prepare", description="Turn text into token shards.")
     parser.add_argument("config", metavar="CONFIG", help="a YAML file; its keys are documented in pipeline/config.py")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="for example execution.output=runs/data")
+    parser.add_argument("--check", action="store_true", help="list files, fields and the first row of each source")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        prepare(load_config(PrepareConfig, arguments.config, arguments.overrides))
+        config = load_config(PrepareConfig, arguments.config, arguments.overrides)
+        if arguments.check:
+            print("\n".join(describe_sources(config.content)))
+        else:
+            prepare(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", flush=True)
         return 130

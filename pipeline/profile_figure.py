@@ -16,6 +16,7 @@ _LEFT_WIDTH = 7.4
 _RIGHT_WIDTH = _WIDTH - 2 * _MARGIN - _GAP - _LEFT_WIDTH
 _TITLE_HEIGHT, _LABEL_HEIGHT, _SPACE = 0.95, 0.5, 0.35
 _MOST_ROWS, _MOST_REASONS = 12, 24
+_UNITS = ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"))
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -152,7 +153,7 @@ def _source_rows(profile: Profile) -> list[_Row]:
 def _cells(counts: Counts, total: int) -> tuple[str, ...]:
     ratio = counts.bytes_per_token
     share = f"{counts.tokens / max(total, 1):.1%}"
-    return _short(counts.tokens), share, _short(counts.documents), "unknown" if ratio is None else f"{ratio:.2f}"
+    return _digits(counts.tokens), share, _digits(counts.documents), "unknown" if ratio is None else f"{ratio:.2f}"
 
 
 def _merge_last(rows: list[_Row], most: int, what: str, total: int | None = None) -> list[_Row]:
@@ -162,7 +163,7 @@ def _merge_last(rows: list[_Row], most: int, what: str, total: int | None = None
     rest = rows[most - 1 :]
     size = sum(row.size for row in rest)
     share = () if total is None else (f"{size / max(total, 1):.1%}",)
-    return [*rows[: most - 1], _Row(f"{len(rest):,} more {what}", size, (_short(size), *share))]
+    return [*rows[: most - 1], _Row(f"{len(rest):,} more {what}", size, (_digits(size), *share))]
 
 
 def _counted_in(profile: Profile) -> str:
@@ -242,11 +243,19 @@ def _whole_numbers(axis: Any) -> None:
 
 
 def _short(value: float) -> str:
-    """Three digits and a unit; below a thousand the number itself."""
-    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+    """At most three digits and a unit; below a thousand the number itself."""
+    for size, unit in _UNITS:
         if value >= size * 0.9995:
             return f"{value / size:.3g}{unit}"
     return f"{value:.4g}"
+
+
+def _digits(value: int) -> str:
+    """As `_short`, but always three digits: under each other they compare."""
+    for size, unit in _UNITS:
+        if value >= size * 0.9995:
+            return f"{value / size:#.3g}".removesuffix(".") + unit
+    return f"{value}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,19 +7,30 @@ bounded size; a piece is read by itself, on any machine that sees the file.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, cast
+from itertools import pairwise
+from typing import Any, BinaryIO, Protocol, cast
 
 from pipeline.atomic import hash_stream
-from pipeline.config import Content, DatasetsSource, JsonlSource, ParquetSource, Source, TextSource
+from pipeline.config import Content, DatasetsSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
 from pipeline.errors import UserError
-from pipeline.locations import Document, Piece, SourceFile, find_files, is_compressed, open_file
+from pipeline.hub import find_hub_files, is_parquet
+from pipeline.locations import (
+    Document,
+    Piece,
+    Skipped,
+    SourceFile,
+    find_files,
+    is_compressed,
+    open_file,
+    read_errors,
+)
 from pipeline.order import derive_key, keyed_hash
 from pipeline.tables import DatasetsReader, ParquetReader
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one look at a whole file tells."""
+    """What one look at a whole file tells; `skipped` counts, by reason, what cannot be read and is left out."""
 
     file: SourceFile
     size: int
@@ -28,13 +39,14 @@ class Survey:
     skipped: dict[str, int] = field(default_factory=dict)
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
-        """The manifest's entry: source name, relative name, size in bytes, SHA-256."""
-        return {
+        """The manifest's entry: source name, relative name, size in bytes, SHA-256, and whether it was left out."""
+        entry = {
             "source": names[self.file.source],
             "name": self.file.name,
             "size": self.size,
             "sha256": self.sha256,
         }
+        return {**entry, "skipped": self.skipped} if self.skipped else entry
 
 
 class Reader(Protocol):
@@ -46,8 +58,8 @@ class Reader(Protocol):
     def pieces(self, file: SourceFile, size: int, unit_bytes: int) -> Iterator[Piece]:
         """Cut one file into pieces of about `unit_bytes`."""
 
-    def read(self, piece: Piece) -> Iterator[Document]:
-        """The documents of one piece, in their order in the file."""
+    def read(self, piece: Piece) -> Iterator[Document | UserError]:
+        """The documents of one piece, in their order in the file; an error in place of a row that is none."""
 
 
 def list_files(content: Content) -> list[SourceFile]:
@@ -61,13 +73,24 @@ def list_files(content: Content) -> list[SourceFile]:
 
 def survey(content: Content, file: SourceFile) -> Survey:
     """Hash a file and cut it into pieces."""
+    size, sha256 = 0, ""
     try:
         with open_file(file.url, compression=None) as stream:
             size, sha256 = hash_stream(stream)
         pieces = tuple(reader(content.sources[file.source]).pieces(file, size, content.unit_bytes))
-    except (OSError, EOFError) as error:
-        raise UserError(f"{file.url}: cannot be read: {error}") from None
+    except read_errors() as error:
+        if content.clean.on_unreadable_file == "skip":
+            return Survey(file, size, sha256, (), {"unreadable_file": 1})
+        raise _unreadable(file.url, error) from None
     return Survey(file, size, sha256, pieces)
+
+
+def _unreadable(url: str, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(
+        f"{url}: cannot be read: {reason}. Mend or remove the file, or leave such files out "
+        "with content.clean.on_unreadable_file=skip."
+    )
 
 
 def cut_units(surveys: Sequence[Survey], content: Content) -> list[tuple[Piece, ...]]:
@@ -90,18 +113,49 @@ def cut_units(surveys: Sequence[Survey], content: Content) -> list[tuple[Piece, 
     return [tuple(unit) for unit in units]
 
 
-def read_piece(content: Content, piece: Piece) -> Iterator[Document]:
-    """The documents of a piece, their ids `SOURCE:FILE`, `SOURCE:FILE@PLACE` or `SOURCE:ID`.
+def group_units(units: Sequence[Sequence[Piece]]) -> list[list[int]]:
+    """The numbers of units in groups that one task reads in sequence.
+
+    A compressed file can only be unpacked from its start: the units that hold its pieces follow each other, in the
+    order of their place in the file. All others stand alone.
+    """
+    groups: dict[str | int, list[tuple[int, int]]] = {}
+    for number, unit in enumerate(units):
+        # A piece that is no whole file has a unit of its own, but for what is left over at the end.
+        parts = [piece for piece in unit if is_compressed(piece.url) and (piece.start or len(unit) == 1)]
+        group = parts[0].url if parts else number
+        groups.setdefault(group, []).append((parts[0].start if parts else 0, number))
+    return [[number for _, number in sorted(group)] for group in groups.values()]
+
+
+def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
+    """The documents of a piece, their ids `SOURCE:FILE`, `SOURCE:FILE@PLACE` or `SOURCE:ID`, and what is left out.
 
     Raises:
-        UserError: naming file and row, when a row cannot be read.
+        UserError: naming file and row, when a row or the file cannot be read and the configuration does not say `skip`.
     """
-    source = content.sources[piece.source]
+    source, place, read = content.sources[piece.source], f"{piece.name}@{piece.start}", 0
     try:
-        for document in reader(source).read(piece):
-            yield Document(f"{source.name}:{document.id}", document.data)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{piece.url}: cannot be read: {error}") from None
+        for item in reader(source).read(piece):
+            read += 1
+            if isinstance(item, Document):
+                yield Document(f"{source.name}:{item.id}", item.data)
+            elif content.clean.on_bad_row == "skip":
+                yield Skipped(f"{source.name}:{place}", "bad_row")
+            else:
+                raise UserError(f"{item}. Mend it, or leave such rows out with content.clean.on_bad_row=skip.")
+    except read_errors() as error:
+        if content.clean.on_unreadable_file == "error":
+            raise _unreadable(piece.url, error) from None
+        if has_rows(source, piece.url):
+            yield Skipped(f"{source.name}:{place}", "unreadable_rows", piece.stop - piece.start - read)
+        else:
+            yield Skipped(f"{source.name}:{place}", "unreadable_part")
+
+
+def has_rows(source: Source, url: str) -> bool:
+    """Whether pieces of a file count rows, not bytes."""
+    return isinstance(source, ParquetSource | DatasetsSource) or (isinstance(source, HubSource) and is_parquet(url))
 
 
 def reader(source: Source) -> Reader:
@@ -125,46 +179,118 @@ class _TextReader:
 
 
 class _JsonlReader:
-    def __init__(self, config: JsonlSource) -> None:
+    def __init__(self, config: JsonlSource | HubSource) -> None:
         self.config = config
 
     def files(self, source: int) -> list[SourceFile]:
+        assert isinstance(self.config, JsonlSource)
         return find_files(source, self.config.name, self.config.path, self.config.pattern)
 
     def pieces(self, file: SourceFile, size: int, unit_bytes: int) -> Iterator[Piece]:
+        parts = max(1, -(-size // unit_bytes))
         if is_compressed(file.url):
             with open_file(file.url) as stream:
                 size = sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
-        for start in range(0, size, unit_bytes):
-            stop = min(start + unit_bytes, size)
-            yield Piece(**asdict(file), start=start, stop=stop, n_bytes=stop - start)
+            parts = max(1, -(-size // unit_bytes))
+            # Even parts leave no small last one, which would share a unit with other files.
+            edges = [size * part // parts for part in range(parts + 1)]
+        else:
+            edges = [*range(0, size, unit_bytes), size]
+        for start, stop in pairwise(edges):
+            if start < stop:
+                yield Piece(**asdict(file), start=start, stop=stop, n_bytes=stop - start)
 
-    def read(self, piece: Piece) -> Iterator[Document]:
-        with open_file(piece.url) as stream:
-            if piece.start:
-                # A line belongs to the piece in which it starts.
-                stream.seek(piece.start - 1)
-                stream.readline()
-            while (offset := stream.tell()) < piece.stop and (line := stream.readline()):
-                if line.strip():
-                    yield self._document(f"{piece.name}@{offset}", f"{piece.url}: line at byte {offset}", line)
+    def read(self, piece: Piece) -> Iterator[Document | UserError]:
+        for offset, line in _compressed_lines(piece) if is_compressed(piece.url) else _lines(piece):
+            if line.strip():
+                yield self._document(f"{piece.name}@{offset}", f"{piece.url}: line at byte {offset}", line)
 
-    def _document(self, place: str, where: str, line: bytes) -> Document:
+    def _document(self, place: str, where: str, line: bytes) -> Document | UserError:
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
             return Document(place, line)
         except ValueError as error:
-            raise UserError(f"{where}: not JSON: {error}") from None
+            return UserError(f"{where}: not JSON: {error}")
         if not isinstance(row, dict):
-            raise UserError(f"{where}: not a JSON object")
-        text = _field(row, self.config.text_field, where, "text_field")
+            return UserError(f"{where}: not a JSON object")
+        for name, key in ((self.config.text_field, "text_field"), (self.config.id_field, "id_field")):
+            if name is not None and name not in row:
+                return UserError(f"{where}: no field {name!r} ({key}); it has: {', '.join(row) or 'none'}")
+        text = row[self.config.text_field]
         if not isinstance(text, str):
-            raise UserError(f"{where}: {self.config.text_field!r} (text_field) holds no string but {text!r:.60}")
+            return UserError(f"{where}: {self.config.text_field!r} (text_field) holds no string but {text!r:.60}")
         if self.config.id_field is not None:
-            place = str(_field(row, self.config.id_field, where, "id_field"))
+            place = str(row[self.config.id_field])
         # A lone surrogate is valid JSON and no valid text: it becomes invalid UTF-8 here.
         return Document(place, text.encode("utf-8", "surrogatepass"))
+
+
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of the lines that start in a piece."""
+    with open_file(piece.url) as stream:
+        if piece.start:
+            stream.seek(piece.start - 1)
+            stream.readline()
+        while (offset := stream.tell()) < piece.stop and (line := stream.readline()):
+            yield offset, line
+
+
+@dataclass
+class _Unpacked:
+    """A compressed file that is being unpacked: `position` is the start of the next line, `through` what was read."""
+
+    url: str
+    stream: BinaryIO
+    position: int = 0
+    through: int = 0
+
+
+_unpacked: list[_Unpacked] = []  # at most one a process: the next piece of the same file goes on from there
+
+
+def _compressed_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """As `_lines`, from one pass over the file as long as its pieces are read in their order."""
+    held = _unpacked.pop() if _unpacked else None
+    if held is not None and (held.url != piece.url or held.through > piece.start):
+        held.stream.close()
+        held = None
+    file = held or _Unpacked(piece.url, open_file(piece.url))
+    try:
+        while file.position < piece.start:
+            if file.position < piece.start - 1:
+                size = len(file.stream.read(min(piece.start - 1 - file.position, 1 << 20)))
+                if not size:
+                    raise EOFError(f"it ends at byte {file.position} (unpacked)")
+                file.position += size
+            else:
+                file.position += len(file.stream.readline())
+        while file.position < piece.stop and (line := file.stream.readline()):
+            file.position += len(line)
+            yield file.position - len(line), line
+        file.through = piece.stop
+        _unpacked.append(file)
+        file = None  # type: ignore[assignment]
+    finally:
+        if file is not None:
+            file.stream.close()
+
+
+class _HubReader:
+    def __init__(self, config: HubSource) -> None:
+        self.config = config
+
+    def files(self, source: int) -> list[SourceFile]:
+        return find_hub_files(source, self.config)
+
+    def _reader(self, url: str) -> Any:
+        return ParquetReader(self.config) if is_parquet(url) else _JsonlReader(self.config)
+
+    def pieces(self, file: SourceFile, size: int, unit_bytes: int) -> Iterator[Piece]:
+        yield from self._reader(file.url).pieces(file, size, unit_bytes)
+
+    def read(self, piece: Piece) -> Iterator[Document | UserError]:
+        yield from self._reader(piece.url).read(piece)
 
 
 _READERS: dict[type, Any] = {
@@ -172,10 +298,5 @@ _READERS: dict[type, Any] = {
     JsonlSource: _JsonlReader,
     ParquetSource: ParquetReader,
     DatasetsSource: DatasetsReader,
+    HubSource: _HubReader,
 }
-
-
-def _field(row: dict[str, Any], name: str, where: str, key: str) -> Any:
-    if name not in row:
-        raise UserError(f"{where}: no field {name!r} ({key}); it has: {', '.join(row) or 'none'}")
-    return row[name]

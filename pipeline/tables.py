@@ -6,20 +6,23 @@ from dataclasses import asdict
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
-from pipeline.config import DatasetsSource, ParquetSource
+from pipeline.config import DatasetsSource, HubSource, ParquetSource
 from pipeline.errors import UserError
 from pipeline.locations import Document, Piece, SourceFile, find_files, locate, open_file, open_filesystem
 
 _ROWS_AT_ONCE = 256
 
+_TableSource = ParquetSource | DatasetsSource | HubSource
+
 
 class ParquetReader:
     """Pieces are ranges of rows inside row groups."""
 
-    def __init__(self, config: ParquetSource) -> None:
+    def __init__(self, config: ParquetSource | HubSource) -> None:
         self.config = config
 
     def files(self, source: int) -> list[SourceFile]:
+        assert isinstance(self.config, ParquetSource)
         return find_files(source, self.config.name, self.config.path, self.config.pattern)
 
     def pieces(self, file: SourceFile, size: int, unit_bytes: int) -> Iterator[Piece]:
@@ -37,7 +40,7 @@ class ParquetReader:
                     yield Piece(**asdict(file), start=first + start, stop=first + stop, n_bytes=part)
                 first += group.num_rows
 
-    def read(self, piece: Piece) -> Iterator[Document]:
+    def read(self, piece: Piece) -> Iterator[Document | UserError]:
         columns = [name for name in (self.config.text_field, self.config.id_field) if name is not None]
         with open_file(piece.url, compression=None) as stream:
             table = _open_parquet(stream, piece.url)
@@ -94,7 +97,7 @@ class DatasetsReader:
             for start, stop, part in _cut_rows(len(table), n_bytes, unit_bytes):
                 yield Piece(file.source, self.config.split or "rows", folder, start, stop, part)
 
-    def read(self, piece: Piece) -> Iterator[Document]:
+    def read(self, piece: Piece) -> Iterator[Document | UserError]:
         table = self._load(piece.url).with_format("arrow")
         for start in range(piece.start, piece.stop, _ROWS_AT_ONCE):
             rows = table[start : min(start + _ROWS_AT_ONCE, piece.stop)]
@@ -123,10 +126,10 @@ def _open_parquet(stream: BinaryIO, url: str) -> Any:
     try:
         return parquet.ParquetFile(stream)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{url}: not a parquet file: {error}") from None
+        raise OSError(f"not a parquet file: {error}") from None
 
 
-def _check_columns(schema: Any, config: ParquetSource | DatasetsSource, where: str) -> None:
+def _check_columns(schema: Any, config: _TableSource, where: str) -> None:
     for key, name in (("text_field", config.text_field), ("id_field", config.id_field)):
         if name is not None and name not in schema.names:
             raise UserError(f"{where}: no column {name!r} ({key}); it has: {', '.join(schema.names)}")
@@ -135,7 +138,7 @@ def _check_columns(schema: Any, config: ParquetSource | DatasetsSource, where: s
         raise UserError(f"{where}: column {config.text_field!r} (text_field) holds {kind}, not text")
 
 
-def _rows(table: Any, config: ParquetSource | DatasetsSource, name: str, where: str, first: int) -> Iterator[Document]:
+def _rows(table: Any, config: _TableSource, name: str, where: str, first: int) -> Iterator[Document | UserError]:
     import pyarrow
 
     # As bytes: Arrow does not check its strings, and the cleaner names what is not UTF-8.
@@ -144,5 +147,6 @@ def _rows(table: Any, config: ParquetSource | DatasetsSource, name: str, where: 
     for row, (text, given) in enumerate(zip(texts, ids, strict=True), first):
         if text is None or (given is None and config.id_field):
             field = config.text_field if text is None else config.id_field
-            raise UserError(f"{where}: row {row}: {field!r} is null")
-        yield Document(f"{name}@{row}" if given is None else str(given), text)
+            yield UserError(f"{where}: row {row}: {field!r} is null")
+        else:
+            yield Document(f"{name}@{row}" if given is None else str(given), text)

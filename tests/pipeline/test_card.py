@@ -146,6 +146,14 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.M
     assert [file.name for file in tmp_path.iterdir()] == [CARD]
 
 
+def test_the_hash_of_a_function_is_shown_and_no_part_of_the_configuration() -> None:
+    manifest = changed()
+    manifest["content"]["clean"] |= {"function": "own.module:tidy", "function_sha256": "f" * 64}
+    assert f"- `function_sha256: {'f' * 64}`" in render_card(manifest)
+    clean = PrepareConfig.model_validate(yaml.safe_load(config_yaml(manifest))).content.clean
+    assert (clean.function, clean.min_characters) == ("own.module:tidy", 200)
+
+
 def test_its_configuration_makes_the_dataset_again(
     make_config: Callable[..., PrepareConfig], corpus: Path, bpe: str, tmp_path: Path, ray_address: str
 ) -> None:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 from pipeline.clean import Dropped, clean
 from pipeline.config import Clean, Content
 from pipeline.errors import UserError
+from pipeline.locations import Document
 from pipeline.sources import cut_units, list_files, read_piece, survey
 
 ROWS = [{"key": f"k{number}", "text": f"document {number} " * (1 + number % 7)} for number in range(60)]
@@ -31,6 +32,7 @@ def read_all(config: Content) -> dict[str, str]:
     for unit in cut_units(surveys, config):
         for piece in unit:
             for document in read_piece(config, piece):
+                assert isinstance(document, Document)
                 assert document.id not in found, "a document was read twice"
                 found[document.id] = document.data.decode()
     return found
@@ -175,6 +177,7 @@ def test_text_that_is_not_utf8_reaches_the_cleaner_from_every_source(tmp_path: P
             for unit in cut_units([survey(config, file) for file in list_files(config)], config)
             for piece in unit
             for document in read_piece(config, piece)
+            if isinstance(document, Document)
         ]
         for document in documents:
             assert clean(document.id, document.data, skip) == Dropped("invalid_utf8", document.data)

@@ -1,0 +1,249 @@
+"""Input that cannot be read, compressed input, and file systems: a clear error, or a skip that is counted."""
+
+import bz2
+import functools
+import gzip
+import http.server
+import json
+import lzma
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from pipeline import sources
+from pipeline.check import describe_sources
+from pipeline.config import Content, PrepareConfig
+from pipeline.errors import UserError
+from pipeline.locations import Document, Piece, Skipped, open_file
+from pipeline.prepare import prepare
+from pipeline.sources import cut_units, group_units, list_files, read_piece, survey
+from pipeline.verify import verify
+
+MakeConfig = Callable[..., PrepareConfig]
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstandard.compress,
+}
+ROWS = [{"text": f"text {number} " * 20} for number in range(300)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def content_of(source: dict[str, Any], **changes: Any) -> Content:
+    return Content.model_validate({"sources": [source], "tokenizer": {"path": "x"}} | changes)
+
+
+def read(config: Content) -> tuple[list[Piece], list[Document], list[Skipped]]:
+    """Everything, in the order in which tasks read it."""
+    units = cut_units([survey(config, file) for file in list_files(config)], config)
+    pieces = [piece for group in group_units(units) for number in group for piece in units[number]]
+    items = [item for piece in pieces for item in read_piece(config, piece)]
+    documents = [item for item in items if isinstance(item, Document)]
+    return pieces, documents, [item for item in items if isinstance(item, Skipped)]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_are_unpacked_once(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in sequence, one pass; a piece out of turn, or after one that was left out, holds the same documents."""
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(COMPRESS[ending](LINES))
+    opened: list[str] = []
+
+    def counted(url: str, **how: Any) -> BinaryIO:
+        opened.append(url)
+        return open_file(url, **how)
+
+    monkeypatch.setattr(sources, "open_file", counted)
+    config = content_of({"type": "jsonl", "path": str(tmp_path)}, unit_bytes=1000)
+    units = cut_units([survey(config, file) for file in list_files(config)], config)
+    opened.clear()
+    pieces, documents, _ = read(config)
+    assert len(pieces) > 50
+    assert opened.count(pieces[0].url) == 3  # hashed, measured, read
+    assert [document.data.decode() for document in documents] == [row["text"] for row in ROWS]
+    assert group_units(units) == [sorted(range(len(units)), key=lambda number: units[number][0].start)]
+    by_piece = {
+        piece.start: [item.id for item in read_piece(config, piece) if isinstance(item, Document)] for piece in pieces
+    }
+    for order in (pieces[::-1], pieces[::3]):
+        for piece in order:
+            assert [item.id for item in read_piece(config, piece)] == by_piece[piece.start]
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_truncated_compressed_file(tmp_path: Path, ending: str) -> None:
+    packed = COMPRESS[ending](LINES)
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "b.jsonl").write_bytes(LINES)
+    source = {"type": "jsonl", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}: cannot be read: .*clean\.on_unreadable_file=skip"):
+        read(content_of(source))
+    config = content_of(source, clean={"on_unreadable_file": "skip"})
+    surveys = [survey(config, file) for file in list_files(config)]
+    assert [found.skipped for found in surveys] == [{"unreadable_file": 1}, {}]
+    assert surveys[0].record(["jsonl"])["skipped"] == {"unreadable_file": 1}
+    assert len(read(config)[1]) == len(ROWS)
+
+
+BAD_LINES = {
+    "not JSON": b'{"text": \n',
+    "not a JSON object": b"[1]\n",
+    "no field 'text' .text_field.; it has: body": b'{"body": "a"}\n',
+    "'text' .text_field. holds no string but 3": b'{"text": 3}\n',
+    "'text' .text_field. holds no string but None": b'{"text": null}\n',
+}
+
+
+@pytest.mark.parametrize("message", BAD_LINES)
+def test_bad_lines(tmp_path: Path, message: str) -> None:
+    good = b'{"text": "good"}\n'
+    (tmp_path / "a.jsonl").write_bytes(good + BAD_LINES[message] + good)
+    source = {"type": "jsonl", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=rf"a\.jsonl: line at byte 17: {message}.*clean\.on_bad_row=skip"):
+        read(content_of(source))
+    _, documents, skipped = read(content_of(source, clean={"on_bad_row": "skip"}))
+    assert [document.data for document in documents] == [b"good"] * 2
+    assert [(item.reason, item.count) for item in skipped] == [("bad_row", 1)]
+
+
+def test_a_damaged_row_group_in_the_middle(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
+    """Its rows are named, or left out and counted; the others are all there."""
+    file = tmp_path / "a.parquet"
+    texts = ["".join(chr(97 + (i * j) % 26) for j in range(400)) for i in range(100)]
+    table = pyarrow.table({"text": texts})
+    parquet.write_table(table, file, row_group_size=20, compression="zstd", use_dictionary=False)
+    column = parquet.ParquetFile(file).metadata.row_group(2).column(0)
+    data = bytearray(file.read_bytes())
+    for position in range(column.data_page_offset + 30, column.data_page_offset + column.total_compressed_size):
+        data[position] ^= 0xA5
+    file.write_bytes(data)
+    settings: dict[str, Any] = {"sources": [{"type": "parquet", "path": str(file)}], "splits": {}}
+    with pytest.raises(UserError, match=r"a\.parquet: cannot be read: .*clean\.on_unreadable_file=skip"):
+        prepare(make_config(**settings))
+    manifest = prepare(make_config(**settings, clean={"on_unreadable_file": "skip"}))
+    assert manifest["splits"]["train"]["documents"] == 80
+    assert manifest["dropped"] == {"unreadable_rows": 20}
+    assert list(verify(tmp_path / "data")) == []
+
+
+def test_null_rows_of_a_table(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a", None, "b"]}), tmp_path / "a.parquet")
+    source = {"type": "parquet", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"a\.parquet: row 1: 'text' is null\. .*clean\.on_bad_row=skip"):
+        read(content_of(source))
+    _, documents, skipped = read(content_of(source, clean={"on_bad_row": "skip"}))
+    assert len(documents) == 2
+    assert [item.reason for item in skipped] == ["bad_row"]
+
+
+def test_a_large_document_and_nul_bytes(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
+    """A document is never cut, whatever its size against units and shards; NUL is text."""
+    from pipeline.shards import TokenDataset
+    from pipeline.tokenizer import Tokenizer
+
+    (tmp_path / "texts").mkdir()
+    texts = {"a.txt": "nul \x00 here\x00", "b.txt": "ba de fli " * 300_000}
+    for name, text in texts.items():
+        (tmp_path / "texts" / name).write_text(text)
+    settings = {"sources": [{"type": "text", "path": str(tmp_path / "texts")}], "splits": {}}
+    prepare(make_config(**settings))
+    dataset = TokenDataset.open(tmp_path / "data", "train")
+    tokens = dataset.read(0, dataset.n_tokens).tolist()
+    decoded = [Tokenizer(dataset.tokenizer_path).decode(part) for part in _split(tokens, dataset.eos_id)]
+    assert sorted(decoded) == sorted(texts.values())
+
+
+def _split(tokens: list[int], end: int) -> Iterator[list[int]]:
+    part: list[int] = []
+    for token in tokens:
+        if token == end:
+            yield part
+            part = []
+        else:
+            part.append(token)
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A directory and the address at which a web server shows it."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+
+
+def test_files_of_a_web_server(
+    make_config: MakeConfig, ray_address: str, served: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Workers read what is served; the tokens are those of the same files on disk."""
+    folder, address = served
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    digests: list[str] = []
+    for place in (f"{address}/a.jsonl.gz", str(folder / "a.jsonl.gz")):
+        manifest = prepare(make_config(f"data-{len(digests)}", sources=[{"type": "jsonl", "path": place}], splits={}))
+        digests.append(manifest["digest"])
+    assert digests[0] == digests[1]
+
+
+def test_files_in_memory() -> None:
+    import fsspec
+
+    with fsspec.open("memory://corpus/a.jsonl", "wb") as file:
+        file.write(LINES)
+    _, documents, _ = read(content_of({"type": "jsonl", "path": "memory://corpus"}, unit_bytes=2000))
+    assert len(documents) == len(ROWS)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A directory laid out like a repository of the hub."""
+    folder = tmp_path / "repository"
+    (folder / "en").mkdir(parents=True)
+    for number in range(2):
+        rows = [{"text": f"row {number} {i}", "url": "u"} for i in range(5)]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "en" / f"train-0000{number}.parquet")
+    parquet.write_table(pyarrow.table({"text": ["held out"]}), folder / "en" / "validation-00000.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: en/train-*.parquet\n"
+        "  - split: validation\n    path: en/validation-*.parquet\n---\n"
+    )
+    return folder
+
+
+def test_a_repository_of_the_hub(repository: Path) -> None:
+    source = {"type": "hub", "path": str(repository), "config": "en"}
+    config = content_of(source)
+    assert [file.name for file in list_files(config)] == ["en/train-00000.parquet", "en/train-00001.parquet"]
+    assert sorted(document.data.decode() for document in read(config)[1]) == [
+        f"row {number} {i}" for number in range(2) for i in range(5)
+    ]
+    assert len(read(content_of({**source, "split": "validation"}))[1]) == 1
+    assert config.record() == content_of({**source, "download": True}).record()
+    lines = list(describe_sources(config))
+    assert lines[0].startswith("hub (hub): 2 files")
+    assert any("columns: text: string, url: string" in line for line in lines)
+    assert any("first row: en/train-00000.parquet@0: 'row 0 0'" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"split": "test"}, r"content\.sources\.0\.split: 'test' is no split of .*; it has: train, validation"),
+        ({"config": "de"}, r"content\.sources\.0\.config: 'de' of .*: .*Available: \['en'\]"),
+        ({"path": "nobody/nothing"}, r"content\.sources\.0\.revision: missing\. nobody/nothing may change"),
+    ],
+)
+def test_what_a_repository_does_not_have(repository: Path, change: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        list_files(content_of({"type": "hub", "path": str(repository), "config": "en"} | change))
