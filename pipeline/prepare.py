@@ -7,7 +7,6 @@ What is finished is never done again; nothing counts before the manifest is ther
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,6 +32,7 @@ from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
 from pipeline.errors import UserError, run_command
 from pipeline.locations import SourceFile
+from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
 from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, TRAIN, VERSION, ShardRecord, dataset_digest, read_manifest
 from pipeline.sources import Survey, cut_units, group_units, list_files
@@ -63,7 +63,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         (output / _WORKSPACE).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"execution.output: {output}: cannot be written: {error.strerror}") from None
-    with _lock(output), _Log(output / LOG) as say:
+    with locked(output), Log(output / LOG) as say:
         return _Preparation(config, output, say).run(files)
 
 
@@ -156,8 +156,8 @@ class _Preparation:
         write_json(state, inputs)
 
     def _refuse_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changes = _config_changes(old["content"], new["content"], "content")
-        changes += _source_changes(old["sources"], new["sources"])
+        changes = config_changes(old["content"], new["content"], "content")
+        changes += source_changes(old["sources"], new["sources"])
         if "tokenizer" in new and old["tokenizer"]["sha256"] != new["tokenizer"]["sha256"]:
             changes.append("content.tokenizer.path: another tokenizer")
         if changes:
@@ -349,72 +349,10 @@ class _Preparation:
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
 
-def _config_changes(old: Any, new: Any, key: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            change
-            for name in sorted(old.keys() | new.keys())
-            for change in _config_changes(old.get(name), new.get(name), f"{key}.{name}")
-        ]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [change for i, (a, b) in pairs for change in _config_changes(a, b, f"{key}.{i}")]
-    return [] if old == new else [f"{key}: was {old!r}, now {new!r}"]
-
-
-def _source_changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
-    before = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in old}
-    after = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in new}
-    return [
-        f"source file {name}: {'added' if name not in before else 'gone' if name not in after else 'changed'}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
-
-
 def _batches(files: Sequence[SourceFile], workers: int) -> list[list[SourceFile]]:
     """Several files a task where there are many, and still several tasks a worker."""
     size = min(max(1, len(files) // (8 * workers)), _FILES_AT_ONCE)
     return [list(files[start : start + size]) for start in range(0, len(files), size)]
-
-
-@contextmanager
-def _lock(output: Path) -> Iterator[None]:
-    descriptor = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"execution.output: another preparation is writing {output}; wait for it to end") from None
-    finally:
-        os.close(descriptor)
-
-
-class _Log:
-    """Lines for the terminal (or the Ray job's log), and the same lines with their time in a file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Callable[[str], None]:
-        try:
-            self._file = open(self._path, "a", buffering=1)
-        except OSError:
-            self._file = open(os.devnull, "w")
-        return self._say
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if error is not None:
-            self._record(f"stopped: {kind.__name__}: {error}")
-        self._file.close()
-
-    def _say(self, line: str) -> None:
-        print(line, flush=True)
-        self._record(line)
-
-    def _record(self, line: str) -> None:
-        with suppress(OSError):
-            self._file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
 
 
 def main() -> int:

@@ -1,0 +1,80 @@
+"""A dataset's directory while it is made: one preparation at a time, its log, and what changed since it was begun."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+
+
+def config_changes(old: Any, new: Any, key: str) -> list[str]:
+    """What differs between two configurations, a line for each dotted key."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            change
+            for name in sorted(old.keys() | new.keys())
+            for change in config_changes(old.get(name), new.get(name), f"{key}.{name}")
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [change for i, (a, b) in pairs for change in config_changes(a, b, f"{key}.{i}")]
+    return [] if old == new else [f"{key}: was {old!r}, now {new!r}"]
+
+
+def source_changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
+    """Which source files of a manifest were added, changed or taken away."""
+    before = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in old}
+    after = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in new}
+    return [
+        f"source file {name}: {'added' if name not in before else 'gone' if name not in after else 'changed'}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the directory alone.
+
+    Raises:
+        UserError: another preparation holds it.
+    """
+    descriptor = os.open(output, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"execution.output: another preparation is writing {output}; wait for it to end") from None
+    finally:
+        os.close(descriptor)
+
+
+class Log:
+    """Lines for the terminal (or the Ray job's log), and the same lines with their time in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Callable[[str], None]:
+        try:
+            self._file = open(self._path, "a", buffering=1)
+        except OSError:
+            self._file = open(os.devnull, "w")
+        return self._say
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is not None:
+            self._record(f"stopped: {kind.__name__}: {error}")
+        self._file.close()
+
+    def _say(self, line: str) -> None:
+        print(line, flush=True)
+        self._record(line)
+
+    def _record(self, line: str) -> None:
+        with suppress(OSError):
+            self._file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
