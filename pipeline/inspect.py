@@ -4,6 +4,7 @@ python -m pipeline.inspect DIR [--split S] [--samples N] [--figure FILE.png] [--
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def main() -> int:
     parser.add_argument("--figure", metavar="FILE.png", type=_png, help="also draw it")
     parser.add_argument("--json", metavar="FILE", type=_writable, help="also write the numbers and samples as JSON")
     arguments = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # documents may hold what the terminal's encoding lacks
     profile = profile_dataset(
         arguments.directory,
         split=arguments.split,

@@ -232,9 +232,10 @@ def test_damage_is_named(dataset: Path, damage: str, message: str) -> None:
         profile_dataset(dataset)
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.inspect", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding=encoding, env=environment)
 
 
 def test_command_line(dataset: Path, tmp_path: Path) -> None:
@@ -249,6 +250,7 @@ def test_command_line(dataset: Path, tmp_path: Path) -> None:
     recorded = json.loads(numbers.read_text())
     assert recorded["splits"]["valid"]["counts"]["documents"] == 10
     assert len(recorded["samples"]) == 2
+    assert "?</s>" in run(str(dataset), encoding="latin-1").stdout
 
 
 def test_command_line_refuses(dataset: Path, tmp_path: Path) -> None:
