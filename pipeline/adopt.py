@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
+from pipeline.card import write_card
 from pipeline.errors import UserError, run_command
 from pipeline.shards import (
     FORMAT,
@@ -255,6 +256,7 @@ def adopt(
         }
         manifest["digest"] = dataset_digest(manifest)
         sync_directory(folder / split)
+        write_card(folder, manifest)
         write_json(folder / MANIFEST, manifest)
     print(f"done: {output}, split {split}, digest {manifest['digest']}")
     return manifest
