@@ -54,7 +54,11 @@ def main() -> int:
         else:
             time.sleep(SILENT_EXIT_SECONDS)
         if processes is not None:
-            processes.leave()  # threads of a group that is still there would abort this process at its exit
+            processes.leave()
+            # Threads of the group that are still ending can abort an orderly exit; nothing is left to be written.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(USER_ERROR_EXIT)
         return USER_ERROR_EXIT
 
 

@@ -154,7 +154,7 @@ def test_sources_must_not_share_a_name() -> None:
 def test_shipped_configs_load_and_name_no_absolute_path(path: Path) -> None:
     config = load_config(PrepareConfig, path)
     assert not config.execution.output.is_absolute()
-    assert "/" not in str(config.content.record())
+    assert "/" not in str(config.content.record()).replace("refs/convert/parquet", "")  # a branch of the hub
 
 
 def test_record_leaves_locations_out() -> None:

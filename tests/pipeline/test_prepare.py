@@ -131,7 +131,7 @@ class TestBytes:
                 if units > 15 * len(killed):
                     for process in psutil.Process().children(recursive=True):
                         with suppress(psutil.NoSuchProcess):
-                            if process.name().startswith("ray::encode_uni"):
+                            if process.name().startswith("ray::in_sequenc"):
                                 process.kill()
                                 killed.append(process.pid)
                                 break
