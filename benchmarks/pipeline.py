@@ -169,6 +169,14 @@ class PeakMemory:
                     continue
 
 
+def _content(model: Path, files: Sequence[Path]) -> dict[str, Any]:
+    return {
+        "sources": [{"type": "parquet", "path": [str(file) for file in files], "id_field": "id"}],
+        "tokenizer": {"path": str(model)},
+        "splits": {},
+    }
+
+
 def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Path) -> dict[str, Any]:
     """Prepare the files with a Ray of its own that is up before the clock starts."""
     import ray
@@ -177,11 +185,7 @@ def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Pa
 
     config = PrepareConfig.model_validate(
         {
-            "content": {
-                "sources": [{"type": "parquet", "path": [str(file) for file in files], "id_field": "id"}],
-                "tokenizer": {"path": str(model)},
-                "splits": {},
-            },
+            "content": _content(model, files),
             "execution": {"output": output, "workers": workers},
         }
     )
@@ -222,12 +226,7 @@ def measure_shares(model: Path, files: Sequence[Path]) -> dict[str, float]:
     from pipeline.sources import list_files, read_piece, survey
     from pipeline.tokenizer import Tokenizer
 
-    content = Content.model_validate(
-        {
-            "sources": [{"type": "parquet", "path": [str(file) for file in files], "id_field": "id"}],
-            "tokenizer": {"path": str(model)},
-        }
-    )
+    content = Content.model_validate(_content(model, files))
     seconds = dict.fromkeys(("hash", "read", "order", "tokenize", "write"), 0.0)
 
     @contextmanager
@@ -247,17 +246,13 @@ def measure_shares(model: Path, files: Sequence[Path]) -> dict[str, float]:
                 with timed("order"):
                     documents.sort(key=lambda item: keyed_hash(key, item.id))
                 with timed("tokenize"):
-                    encoded = _encode(tokenizer, documents)
+                    encoded = [tokenizer.encode_array(item.data.decode()) for item in documents]
                 with timed("write"), ShardWriter(Path(folder) / f"shard-{place:05d}", tokenizer.vocab_size) as writer:
                     writer.append(np.concatenate(encoded), np.array([len(ids) for ids in encoded]))
                 done += piece.n_bytes
                 if done >= _STAGE_BYTES:
                     return seconds
     return seconds
-
-
-def _encode(tokenizer: Any, documents: Sequence[Any]) -> list[np.ndarray]:
-    return [np.array([*tokenizer.encode(item.data.decode()), tokenizer.eos_id], np.uint16) for item in documents]
 
 
 _megatron_tokenizer: Any = None

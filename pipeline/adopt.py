@@ -10,14 +10,11 @@ by piece, which is exact but for unknown pieces and a space that the tokenizer m
 """
 
 import argparse
-import fcntl
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +22,16 @@ import numpy as np
 
 from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
 from pipeline.card import write_card
+from pipeline.config import is_split_name
 from pipeline.errors import UserError, run_command
+from pipeline.manifest import new_manifest
+from pipeline.output_directory import locked
 from pipeline.shards import (
-    FORMAT,
     MANIFEST,
     TOKENIZER,
-    VERSION,
     ShardRecord,
     ShardWriter,
     bin_path,
-    dataset_digest,
     idx_path,
     map_tokens,
     read_index,
@@ -194,7 +191,7 @@ def adopt(
     eos_id = tokenizer.eos_id if eos_id is None else eos_id
     if not 0 <= eos_id < tokenizer.vocab_size:
         raise UserError(f"--eos-id: {eos_id} is no piece of {tokenizer_path}, which has {tokenizer.vocab_size:,}")
-    if not split.replace("-", "").replace("_", "").isalnum():
+    if not is_split_name(split):
         raise UserError(f"--split: {split!r} cannot name a split: use letters, digits, - and _")
     adoption = _Adoption(tokenizer, eos_id, append_eos=append_eos)
     pairs = []
@@ -223,38 +220,22 @@ def adopt(
         with write_aside(folder / TOKENIZER) as file:
             file.write(tokenizer_path.read_bytes())
         empty = sum(found.empty_documents for _, found in pairs)
-        dropped = {"empty": empty} if empty else {}
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "digest": "",
-            "content": {"adopted": {"eos_id": eos_id, "append_eos": append_eos}, "tokenizer": {}},
-            "sources": sources,
-            "tokenizer": {
-                "file": TOKENIZER,
-                "sha256": hash_file(folder / TOKENIZER),
-                "vocab_size": tokenizer.vocab_size,
-                "unk_id": tokenizer.unk_id,
-                "eos_id": eos_id,
-                "pad_id": tokenizer.pad_id,
-                "mask_id": tokenizer.mask_id,
-            },
-            "splits": {
-                split: {
-                    "documents": sum(record.documents for record in records),
-                    "tokens": sum(record.tokens for record in records),
-                    "utf8_bytes": sum(found.utf8_bytes for _, found in pairs),
-                    "dropped": dropped,
-                    "shards": [asdict(record) for record in records],
-                }
-            },
-            "dropped": dropped,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "execution": {"output": str(output.absolute())},
-            "seconds": {},
+        entry = {
+            "documents": sum(record.documents for record in records),
+            "tokens": sum(record.tokens for record in records),
+            "utf8_bytes": sum(found.utf8_bytes for _, found in pairs),
+            "dropped": {"empty": empty} if empty else {},
+            "shards": [asdict(record) for record in records],
         }
-        manifest["digest"] = dataset_digest(manifest)
+        manifest = new_manifest(
+            content={"adopted": {"eos_id": eos_id, "append_eos": append_eos}, "tokenizer": {}},
+            sources=sources,
+            tokenizer=tokenizer,
+            eos_id=eos_id,
+            splits={split: entry},
+            execution={"output": str(output.absolute())},
+            seconds={},
+        )
         sync_directory(folder / split)
         write_card(folder, manifest)
         write_json(folder / MANIFEST, manifest)
@@ -272,12 +253,7 @@ def _new_directory(output: Path) -> Iterator[Path]:
         aside.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: {output}: cannot be written: {error.strerror}") from None
-    lock = os.open(aside, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output: another adoption is writing {output}; wait for it to end") from None
+    with locked(aside, f"--output: another adoption is writing {output}; wait for it to end"):
         try:
             for entry in aside.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -287,8 +263,6 @@ def _new_directory(output: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 def _link(source: Path, target: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.atomic import write_aside
 from pipeline.config import Clean
-from pipeline.profile import Counts, add_counts, split_counts, sum_dropped, sum_sources
+from pipeline.profile import UNKNOWN, Counts, add_counts, split_counts, sum_dropped, sum_sources
 
 CARD = "README.md"
 _SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -41,7 +41,7 @@ def render_card(manifest: dict[str, Any], *, front_matter: bool = True) -> str:
         "## Splits",
         _table(
             ["split", "documents", "tokens", "bytes of text", "bytes per token", "shards"],
-            [[name, *_sizes(split_counts(entry)), f"{len(entry['shards']):,}"] for name, entry in splits.items()],
+            [[name, *split_counts(entry).cells(), f"{len(entry['shards']):,}"] for name, entry in splits.items()],
         ),
         "## Sources",
         *_sources(manifest),
@@ -97,7 +97,7 @@ def _source_names(manifest: dict[str, Any]) -> list[str]:
 
 def _size_rows(total: Counts) -> list[list[str]]:
     labels = "documents", "tokens", "bytes of text (UTF-8)", "bytes per token"
-    return [[label, size] for label, size in zip(labels, _sizes(total), strict=True)]
+    return [[label, size] for label, size in zip(labels, total.cells(), strict=True)]
 
 
 def _tokenizer_rows(manifest: dict[str, Any]) -> list[list[str]]:
@@ -105,16 +105,6 @@ def _tokenizer_rows(manifest: dict[str, Any]) -> list[list[str]]:
     if (seed := manifest["content"].get("seed")) is not None:
         rows.append(["seed", str(seed)])
     return rows
-
-
-def _sizes(counts: Counts) -> list[str]:
-    ratio = counts.bytes_per_token
-    return [
-        f"{counts.documents:,}",
-        f"{counts.tokens:,}",
-        "unknown" if counts.utf8_bytes is None else f"{counts.utf8_bytes:,}",
-        "unknown" if ratio is None else f"{ratio:.3f}",
-    ]
 
 
 def _sources(manifest: dict[str, Any]) -> list[str]:
@@ -126,7 +116,7 @@ def _sources(manifest: dict[str, Any]) -> list[str]:
     rows = []
     for name in sorted({*by_name, *(sizes or {})}):
         read = by_name.get(name, [])
-        counts = _sizes(sizes[name]) if sizes and name in sizes else ["unknown"] * 4
+        counts = sizes[name].cells() if sizes and name in sizes else [UNKNOWN] * 4
         n_bytes = sum(file.get("size") or 0 for file in read)
         rows.append([name, f"{len(read):,}", f"{n_bytes:,}", *counts])
     if not rows:

@@ -21,23 +21,22 @@ def describe_sources(content: Content) -> Iterator[str]:
     """
     files = list_files(content)
     for number, source in enumerate(content.sources):
-        mine = [file for file in files if file.source == number]
-        sizes = [_size(file) for file in mine]
-        yield f"{source.name} ({source.type}): {len(mine)} files, {sum(sizes) / 1e6:,.1f} MB"
-        for file, size in list(zip(mine, sizes, strict=True))[:5]:
+        mine = [(file, _size(file)) for file in files if file.source == number]
+        yield f"{source.name} ({source.type}): {len(mine)} files, {sum(size for _, size in mine) / 1e6:,.1f} MB"
+        for file, size in mine[:5]:
             yield f"  {file.name}  {size:,} bytes"
         if len(mine) > 5:
             yield f"  and {len(mine) - 5} more"
         try:
             yield from _first_rows(content, number, mine)
         except read_errors() as error:
-            raise UserError(f"{mine[0].url}: cannot be read: {error}") from None
+            raise UserError(f"{mine[0][0].url}: cannot be read: {error}") from None
 
 
-def _first_rows(content: Content, number: int, files: list[SourceFile]) -> Iterator[str]:
+def _first_rows(content: Content, number: int, files: list[tuple[SourceFile, int]]) -> Iterator[str]:
     source = content.sources[number]
     found = reader(source)
-    for file, size in ((file, _size(file)) for file in files):
+    for file, size in files:
         if isinstance(source, TextSource):
             with open_file(file.url) as stream:
                 yield f"  first document: {_shown(stream.read(4 * _SHOWN))}"

@@ -197,7 +197,7 @@ class Content(StrictModel):
     @classmethod
     def _splits_leave_training_text(cls, splits: dict[str, float]) -> dict[str, float]:
         for name, fraction in splits.items():
-            if name == "train" or not name.replace("-", "").replace("_", "").isalnum():
+            if name == "train" or not is_split_name(name):
                 raise ValueError(f"{name!r} cannot name a held-out split: use letters, digits, - and _, not 'train'")
             if not 0 < fraction < 1:
                 raise ValueError(f"{name}: {fraction} must lie between 0 and 1")
@@ -252,6 +252,11 @@ class PrepareConfig(StrictModel):
 
     content: Content
     execution: Execution
+
+
+def is_split_name(name: str) -> bool:
+    """Whether a split, and with it its directory, may be called so: letters, digits, - and _."""
+    return name.replace("-", "").replace("_", "").isalnum()
 
 
 _NOT_CONTENT = {"path", "download"}

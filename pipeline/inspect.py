@@ -11,9 +11,8 @@ from typing import Any
 
 from pipeline.atomic import write_aside, write_json
 from pipeline.errors import UserError, run_command
-from pipeline.profile import SAMPLE_TOKENS, Counts, Lengths, Profile, profile_dataset
+from pipeline.profile import SAMPLE_TOKENS, UNKNOWN, Lengths, Profile, profile_dataset
 
-UNKNOWN = "unknown"
 _PIPE_COLUMNS = 120
 
 
@@ -34,7 +33,7 @@ def print_profile(profile: Profile, console: Any | None = None) -> None:
         _table(
             "Splits",
             ["split", "documents", "tokens", "text bytes", "bytes/token", "shards"],
-            [[name, *_sizes(counts), shards] for name, counts, _, shards in splits],
+            [[name, *counts.cells(), shards] for name, counts, _, shards in splits],
         )
     )
     console.print(
@@ -48,7 +47,7 @@ def print_profile(profile: Profile, console: Any | None = None) -> None:
         console.print(Text(f"Sources: {UNKNOWN} (the manifest does not record them)\n"))
     else:
         tokens = max(profile.counts.tokens, 1)
-        rows = [[name, *_sizes(counts), f"{counts.tokens / tokens:.1%}"] for name, counts in profile.sources.items()]
+        rows = [[name, *counts.cells(), f"{counts.tokens / tokens:.1%}"] for name, counts in profile.sources.items()]
         console.print(
             _table("Sources", ["source", "documents", "tokens", "text bytes", "bytes/token", "of all tokens"], rows)
         )
@@ -83,16 +82,6 @@ def _table(title: str, columns: list[str], rows: list[list[str]]) -> Any:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
-
-
-def _sizes(counts: Counts) -> list[str]:
-    ratio = counts.bytes_per_token
-    return [
-        f"{counts.documents:,}",
-        f"{counts.tokens:,}",
-        UNKNOWN if counts.utf8_bytes is None else f"{counts.utf8_bytes:,}",
-        UNKNOWN if ratio is None else f"{ratio:.3f}",
-    ]
 
 
 def _percentiles(lengths: Lengths) -> list[str]:

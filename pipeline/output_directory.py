@@ -37,18 +37,19 @@ def source_changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]])
 
 
 @contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the directory alone.
+def locked(directory: Path, busy: str) -> Iterator[None]:
+    """Hold a directory alone.
 
     Raises:
-        UserError: another preparation holds it.
+        UserError: with the message `busy`, when another process holds it.
     """
-    descriptor = os.open(output, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
         yield
-    except BlockingIOError:
-        raise UserError(f"execution.output: another preparation is writing {output}; wait for it to end") from None
     finally:
         os.close(descriptor)
 

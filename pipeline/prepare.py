@@ -11,14 +11,11 @@ import json
 import os
 import shutil
 import signal
-import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +29,10 @@ from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
 from pipeline.errors import UserError, run_command
 from pipeline.locations import SourceFile
+from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
-from pipeline.shards import FORMAT, MANIFEST, TOKENIZER, TRAIN, VERSION, ShardRecord, dataset_digest, read_manifest
+from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, read_manifest
 from pipeline.sources import Survey, cut_units, group_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
@@ -63,7 +61,8 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         (output / _WORKSPACE).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"execution.output: {output}: cannot be written: {error.strerror}") from None
-    with locked(output), Log(output / LOG) as say:
+    busy = f"execution.output: another preparation is writing {output}; wait for it to end"
+    with locked(output, busy), Log(output / LOG) as say:
         return _Preparation(config, output, say).run(files)
 
 
@@ -297,29 +296,15 @@ class _Preparation:
                 if is_aside(file):
                     file.unlink()
             sync_directory(self.output / split)
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "version": VERSION,
-            "digest": "",
-            "content": inputs["content"],
-            "sources": inputs["sources"],
-            "tokenizer": {
-                "file": TOKENIZER,
-                "sha256": hash_file(tokenizer.path),
-                "vocab_size": tokenizer.vocab_size,
-                "unk_id": tokenizer.unk_id,
-                "eos_id": tokenizer.eos_id,
-                "pad_id": tokenizer.pad_id,
-                "mask_id": tokenizer.mask_id,
-            },
-            "splits": splits,
-            "dropped": dict(sum((Counter(entry["dropped"]) for entry in splits.values()), Counter[str]())),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": socket.gethostname(),
-            "execution": self.config.execution.model_dump(mode="json"),
-            "seconds": self.seconds,
-        }
-        manifest["digest"] = dataset_digest(manifest)
+        manifest = new_manifest(
+            content=inputs["content"],
+            sources=inputs["sources"],
+            tokenizer=tokenizer,
+            eos_id=tokenizer.eos_id,
+            splits=splits,
+            execution=self.config.execution.model_dump(mode="json"),
+            seconds=self.seconds,
+        )
         self._write_samples(ledger)
         write_card(self.output, manifest)
         write_json(self.output / MANIFEST, manifest)

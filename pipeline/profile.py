@@ -17,6 +17,7 @@ from pipeline.tokenizer import Tokenizer
 
 SAMPLE_TOKENS = 50_000_000
 END = "⏎</s>"
+UNKNOWN = "unknown"
 
 _EXACT_LENGTHS = 1 << 20  # of longer documents a corpus holds few: at most one for each so many of its tokens
 _LENGTHS_AT_ONCE = 1 << 22
@@ -38,6 +39,16 @@ class Counts:
     def bytes_per_token(self) -> float | None:
         """Bytes of text that a token stands for on average; None: not known."""
         return self.utf8_bytes / self.tokens if self.utf8_bytes is not None and self.tokens else None
+
+    def cells(self) -> list[str]:
+        """Documents, tokens, bytes of text and bytes per token, as a table shows them."""
+        ratio = self.bytes_per_token
+        return [
+            f"{self.documents:,}",
+            f"{self.tokens:,}",
+            UNKNOWN if self.utf8_bytes is None else f"{self.utf8_bytes:,}",
+            UNKNOWN if ratio is None else f"{ratio:.3f}",
+        ]
 
 
 @dataclass(frozen=True)
