@@ -3,17 +3,20 @@
 import importlib
 import sys
 import unicodedata
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.config import Clean
 from pipeline.errors import UserError
 
 _KEY = "content.clean.function"
+_SPACE, _LETTER, _DIGIT, _SYMBOL = range(4)
+_BLOCK_CHARACTERS = 1 << 20  # of which numpy holds a few copies, whatever the document's size
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,8 @@ def clean(document_id: str, data: bytes, config: Clean) -> str | Dropped:
 def _bad_ratio(text: str, config: Clean) -> str | None:
     if config.min_letter_ratio is None and config.max_digit_ratio is None and config.max_symbol_ratio is None:
         return None
-    counts: Counter[str] = Counter()
-    for character, count in Counter(text).items():  # few characters differ: categories are looked up once for each
-        counts["space" if character.isspace() else unicodedata.category(character)[0]] += count
-    total = sum(counts.values()) - counts["space"] or 1
-    letters, digits = counts["L"] + counts["M"], counts["N"]
-    symbols = sum(counts.values()) - counts["space"] - letters - digits
+    letters, digits, symbols = _count_kinds(text)
+    total = letters + digits + symbols or 1
     if config.min_letter_ratio is not None and letters < config.min_letter_ratio * total:
         return "few_letters"
     if config.max_digit_ratio is not None and digits > config.max_digit_ratio * total:
@@ -72,6 +71,28 @@ def _bad_ratio(text: str, config: Clean) -> str | None:
     if config.max_symbol_ratio is not None and symbols > config.max_symbol_ratio * total:
         return "many_symbols"
     return None
+
+
+def _count_kinds(text: str) -> tuple[int, int, int]:
+    """How many letters (with marks), digits and symbols there are; white space is none of them."""
+    kinds, counts = _kinds(), np.zeros(4, np.int64)
+    for start in range(0, len(text), _BLOCK_CHARACTERS):
+        codes = np.frombuffer(text[start : start + _BLOCK_CHARACTERS].encode("utf-32-le"), "<u4")
+        counts += np.bincount(kinds[codes], minlength=4)
+    return int(counts[_LETTER]), int(counts[_DIGIT]), int(counts[_SYMBOL])
+
+
+@lru_cache(maxsize=1)
+def _kinds() -> np.ndarray:
+    """(code points,) uint8: the kind of every character."""
+    kinds = {"L": _LETTER, "M": _LETTER, "N": _DIGIT}
+    return np.array(
+        [
+            _SPACE if (character := chr(code)).isspace() else kinds.get(unicodedata.category(character)[0], _SYMBOL)
+            for code in range(sys.maxunicode + 1)
+        ],
+        np.uint8,
+    )
 
 
 @lru_cache(maxsize=1)
@@ -116,4 +137,12 @@ def _call(name: str, document_id: str, text: str) -> str | None:
         raise UserError(
             f"{_KEY}: {name} returned a {type(kept).__name__} for {document_id}; it must return the text, or None"
         )
+    try:
+        if kept is not None and not kept.isascii():
+            kept.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{_KEY}: {name} returned for {document_id} what is no valid text: a lone surrogate "
+            f"(U+{ord(error.object[error.start]):04X} at {error.start})"
+        ) from None
     return kept

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from pipeline.config import Execution, TaskResources
 from pipeline.errors import UserError
-from pipeline.locations import Piece
+from pipeline.locations import Piece, SourceFile
 
 R = TypeVar("R")
 
@@ -45,7 +45,8 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
     if address not in (None, "local"):
         _check_reachable(address)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            with _retries_without_memory(execution.task):
+                ray.init(address=address, log_to_driver=False, logging_level="error")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"execution.ray_address (or RAY_ADDRESS): {address}: cannot be reached: {error}") from None
         try:
@@ -59,19 +60,34 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
     # A killed run's remains.
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        ray.init(
-            address="local",
-            num_cpus=workers,
-            object_store_memory=execution.object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            _temp_dir=str(folder),
-        )
+        with _retries_without_memory(execution.task):
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                object_store_memory=execution.object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                _temp_dir=str(folder),
+            )
         yield workers
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _retries_without_memory(resources: TaskResources) -> Iterator[None]:
+    """Where Ray is started, limit how often it runs a task again that ran out of memory: its default is for ever."""
+    name = "RAY_task_oom_retries"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(resources.retries)
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _check_reachable(address: str) -> None:
@@ -139,11 +155,16 @@ def end_for_lost_cluster(error: ClusterLostError) -> None:
 
 
 def run_tasks(
-    function: Callable[..., R], jobs: Iterable[tuple[Any, ...]], workers: int, resources: TaskResources
+    function: Callable[..., R],
+    jobs: Iterable[tuple[Any, ...]],
+    workers: int,
+    resources: TaskResources,
+    name: str | None = None,
 ) -> Iterator[R]:
     """Run `function(*job)` for every job, `workers` at a time, and yield the results as they come.
 
-    Jobs are drawn from the iterable when a worker is free. A task whose worker dies is run again.
+    Jobs are drawn from the iterable when a worker is free. A task whose worker dies is run again. Ray shows tasks under
+    `name`, by default the function's.
 
     Raises:
         UserError: as a task raised it (the others are waited for); no node can ever run such a task; a task's worker
@@ -154,11 +175,13 @@ def run_tasks(
     from ray import exceptions
 
     _check_satisfiable(resources)
+    name = name or function.__name__
     task = ray.remote(
         num_cpus=resources.num_cpus,
         memory=resources.memory_bytes,
         resources=resources.resources,
         max_retries=resources.retries,
+        name=name,
     )(function)
     waiting = iter(jobs)
     running = {task.remote(*job): job for job in islice(waiting, workers)}
@@ -178,9 +201,9 @@ def run_tasks(
         raise
     except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
         raise UserError(
-            f"{_describe(job)}: the worker died {resources.retries + 1} times ({type(error).__name__}). If memory ran "
-            "out, lower content.unit_bytes (in a new output directory), or raise execution.task.num_cpus or "
-            "execution.task.memory_bytes so that fewer tasks share a node. Finished work is kept."
+            f"{name}, {_describe(job)}: the worker died {resources.retries + 1} times ({type(error).__name__}). "
+            "If memory ran out, lower content.unit_bytes (in a new output directory), or raise execution.task.num_cpus "
+            "or execution.task.memory_bytes so that fewer tasks share a node. Finished work is kept."
         ) from error
     except (ClusterLostError, exceptions.LocalRayletDiedError, exceptions.RaySystemError, ConnectionError) as error:
         running.clear()
@@ -212,11 +235,13 @@ def _check_satisfiable(wanted: TaskResources) -> None:
         )
 
 
-def _describe(job: Sequence[Any]) -> str:
-    """A job's first piece of a file, where it has one."""
-    if job and isinstance(job[-1], list) and job[-1]:
-        job = job[-1][0]
+def _describe(job: Sequence[Any]) -> str | None:
+    """The first file, or piece of one, that a job names."""
     for argument in job:
-        if isinstance(argument, tuple) and argument and isinstance(argument[0], Piece):
-            return f"{argument[0].url} [{argument[0].start}, {argument[0].stop})"
-    return "a task"
+        if isinstance(argument, Piece):
+            return f"{argument.url} [{argument.start}, {argument.stop})"
+        if isinstance(argument, SourceFile):
+            return argument.url
+        if isinstance(argument, tuple | list) and (found := _describe(argument)):
+            return found
+    return None

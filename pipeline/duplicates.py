@@ -1,11 +1,12 @@
 """Duplicates over a whole corpus, in bounded memory: fingerprints by unit, then a join cut by hash.
 
 Of documents that are alike, the first one in the order in which documents are written stays. Each unit leaves sorted
-fingerprints; a task of the join reads one range of hashes out of every unit's file. What a join finds, it finds for any
-number of workers.
+fingerprints; those of many units are merged into runs, and a task of the join reads one range of hashes out of every
+run. What a join finds, it finds for any number of workers.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,9 +22,12 @@ from pipeline.config import Content, NearDuplicates
 from pipeline.encode import Unit, documents
 
 _EXACT, _NEAR = 1, 2
-_RECORDS_A_JOIN = 4_000_000  # 24 bytes each; a join holds a few copies of them
+_RECORDS_A_JOIN = 2_000_000  # 24 bytes each; a merge or join holds a few copies of them
 _REPRESENTATIVES = 16  # of a bucket, that later documents in it are compared with: boilerplate stays linear
 _MINHASH_SEED = 1
+_STARTS = "starts.npy"
+_PORTION_CHARACTERS = 1 << 14  # of a text whose n-grams are hashed at once: what fits a cache
+_WHITE_SPACE = re.compile(r"\s")
 
 RunTasks = Callable[[Callable[..., Any], Sequence[tuple[Any, ...]]], Iterator[Any]]
 
@@ -33,14 +37,12 @@ class Flags:
     """One byte a document: 0 it stays, else a key of DUPLICATE_REASONS. `starts[unit]` is the unit's first document."""
 
     path: Path
-    starts: tuple[int, ...]
+    starts: np.ndarray
 
     def of(self, unit: int) -> np.ndarray:
         """The flags of a unit's documents, in their order."""
-        if self.starts[unit] == self.starts[unit + 1]:
-            return np.zeros(0, np.uint8)
-        size = self.starts[unit + 1] - self.starts[unit]
-        return np.fromfile(self.path, np.uint8, size, offset=self.starts[unit])
+        start, stop = self.starts[unit : unit + 2].tolist()
+        return np.fromfile(self.path, np.uint8, stop - start, offset=start) if stop > start else np.zeros(0, np.uint8)
 
 
 def find_duplicates(content: Content, units: Sequence[Unit], workspace: Path, run: RunTasks) -> Flags | None:
@@ -54,29 +56,44 @@ def find_duplicates(content: Content, units: Sequence[Unit], workspace: Path, ru
     for _ in run(fingerprint_unit, [(content, number, units[number], folder) for number in todo]):
         pass
     entries = [json.loads(_ledger(folder, number).read_bytes()) for number in range(len(units))]
-    starts = (0, *np.cumsum([entry["documents"] for entry in entries]).tolist())
+    starts = np.cumsum([0, *(entry["documents"] for entry in entries)], dtype=np.int64)
     flags = Flags(folder / "flags", starts)
     if flags.path.exists():
         return flags
+    _save(folder / _STARTS, starts)
+    kept = [entry["kept"] for entry in entries]
     found = folder / "found"
     with write_aside(found) as file:  # a plain file that is mapped: as large as the corpus has documents
-        file.truncate(max(starts[-1], 1))
+        file.truncate(max(int(starts[-1]), 1))
     marks = np.memmap(found, np.uint8, "r+")
-    kept = sum(entry["kept"] for entry in entries)
-    for ordinals in run(join_exact, [(folder, starts, *part) for part in _parts(kept)]):
+    runs = _runs(kept)
+    for ordinals in run(merge_exact, [(folder, *part) for part in pairwise(runs)]):
+        marks[ordinals] = _EXACT
+    for ordinals in run(join_exact, [(folder, runs[:-1], *part) for part in _parts(sum(kept))]):
         marks[ordinals] = _EXACT
     marks.flush()
     if near is not None:
-        bands = len(_bands(near))
-        # The joins read exact marks alone, which are complete: near ones may come while others still run.
-        for ordinals in run(
-            join_near, [(folder, starts, near.threshold, found, *part) for part in _parts(kept * bands)]
-        ):
-            marks[ordinals] |= _NEAR
+        records = [number * len(_bands(near)) for number in kept]
+        runs = _runs(records)
+        for _ in run(merge_bands, [(folder, found, *part) for part in pairwise(runs)]):
+            pass
+        for ordinals in run(join_near, [(folder, runs[:-1], near, *part) for part in _parts(sum(records))]):
+            marks[ordinals] = _NEAR
         marks.flush()
     del marks
     found.rename(flags.path)
     return flags
+
+
+def _runs(records: Sequence[int]) -> list[int]:
+    """Where to cut units so that each part holds about `_RECORDS_A_JOIN` of their records, both ends included."""
+    edges, held = [0], 0
+    for number, count in enumerate(records):
+        if held and held + count > _RECORDS_A_JOIN:
+            edges.append(number)
+            held = 0
+        held += count
+    return [*edges, len(records)]
 
 
 def _ledger(folder: Path, number: int) -> Path:
@@ -85,6 +102,10 @@ def _ledger(folder: Path, number: int) -> Path:
 
 def _array(folder: Path, number: int, name: str) -> Path:
     return folder / f"{number:07d}.{name}.npy"
+
+
+def _run_of_units(folder: Path, name: str, first: int) -> Path:
+    return folder / f"{first:07d}.{name}.run.npy"
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -133,15 +154,42 @@ def signature(text: str, near: NearDuplicates) -> np.ndarray:
     """(permutations,) uint32: the MinHash of the text's word n-grams; of a shorter text, of the whole."""
     from datasketch import MinHash
 
-    words = text.split()
-    grams = {" ".join(words[i : i + near.ngram]) for i in range(max(1, len(words) - near.ngram + 1))}
-    minhash = MinHash(num_perm=near.permutations, seed=_MINHASH_SEED, hashfunc=_hash32)
-    minhash.update_batch([gram.encode() for gram in grams])
+    minhash = MinHash(near.permutations, permutations=_permutations(near.permutations), **_MINHASH)
+    for grams in _word_ngrams(text, near.ngram):
+        minhash.update_batch(grams)
     return np.asarray(minhash.hashvalues, np.uint32)
+
+
+@lru_cache(maxsize=1)
+def _permutations(number: int) -> Any:
+    from datasketch import MinHash
+
+    return MinHash(number, seed=_MINHASH_SEED, **_MINHASH).permutations
+
+
+def _word_ngrams(text: str, n: int) -> Iterator[set[bytes]]:
+    """The text's features, in portions of bounded size."""
+    words: list[str] = []
+    start, portions = 0, 0
+    while start < len(text):
+        space = _WHITE_SPACE.search(text, start + _PORTION_CHARACTERS)
+        stop = space.start() if space else len(text)
+        # The last words of the portion before begin n-grams that reach into this one.
+        words = words[max(len(words) - n + 1, 0) :] + text[start:stop].split()
+        start = stop
+        if len(words) >= n:
+            portions += 1
+            yield {" ".join(words[i : i + n]).encode() for i in range(len(words) - n + 1)}
+    if not portions:
+        yield {" ".join(words).encode()}
 
 
 def _hash32(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=4).digest(), "little")
+
+
+# Named, since a signature decides what a dataset holds: the library's defaults may change.
+_MINHASH: dict[str, Any] = {"scheme": "affine32", "hashfunc": _hash32, "gpu_mode": "disable"}
 
 
 def _bands(near: NearDuplicates) -> list[slice]:
@@ -165,54 +213,87 @@ def band_keys(signatures: np.ndarray, near: NearDuplicates) -> np.ndarray:
     return keys
 
 
-def _slices(folder: Path, starts: Sequence[int], name: str, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """All units' records with low <= hash <= high, and the documents' ordinals."""
-    records, ordinals = [], []
-    for unit, start in enumerate(starts[:-1]):
-        table = np.load(_array(folder, unit, name), mmap_mode="r")
-        hashes = table["hash"]
-        first = int(np.searchsorted(hashes, np.uint64(low), "left"))
-        last = int(np.searchsorted(hashes, np.uint64(high), "right"))
-        if last > first:
-            records.append(np.array(table[first:last]))
-            ordinals.append(start + records[-1]["place"].astype(np.int64))
-    if not records:
-        return np.zeros(0, [("hash", "<u8"), ("rest", "<u8")]), np.zeros(0, np.int64)
-    return np.concatenate(records), np.concatenate(ordinals)
+def merge_exact(folder: Path, first: int, last: int) -> np.ndarray:
+    """Merge what the units [first, last) left into one sorted run; the ordinals of documents that repeat one in it.
+
+    Those are not in the run, so that the copies of one document never meet in one join by the million.
+    """
+    records = _merged(folder, "exact", first, last)
+    records = records[np.lexsort((records["ordinal"], records["rest"], records["hash"]))]
+    again = _repeats(records)
+    _save(_run_of_units(folder, "exact", first), records[~again])
+    return np.sort(records["ordinal"][again])
 
 
-def join_exact(folder: Path, starts: Sequence[int], low: int, high: int) -> np.ndarray:
+def merge_bands(folder: Path, exact: Path, first: int, last: int) -> None:
+    """Merge what the units [first, last) left into one sorted run, without the documents marked as exact duplicates."""
+    records = _merged(folder, "bands", first, last)
+    records = records[np.memmap(exact, np.uint8, "r")[records["ordinal"]] == 0]
+    _save(_run_of_units(folder, "bands", first), records[np.argsort(records["hash"], kind="stable")])
+
+
+def _merged(folder: Path, name: str, first: int, last: int) -> np.ndarray:
+    """The records of the units [first, last), in which documents are known by their ordinals."""
+    starts = np.load(folder / _STARTS)
+    tables = [np.load(_array(folder, unit, name)) for unit in range(first, last)]
+    fields = [(field, "<u8") for field in tables[0].dtype.names if field != "place"]
+    merged = np.empty(sum(map(len, tables)), [*fields, ("ordinal", "<i8")])
+    stop = 0
+    for unit, table in enumerate(tables, first):
+        part, stop = slice(stop, stop + len(table)), stop + len(table)
+        for field, _ in fields:
+            merged[field][part] = table[field]
+        merged["ordinal"][part] = table["place"] + starts[unit]
+    return merged
+
+
+def _repeats(records: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of sorted records have the text of the one before."""
+    again = np.zeros(len(records), np.bool_)
+    again[1:] = (records["hash"][1:] == records["hash"][:-1]) & (records["rest"][1:] == records["rest"][:-1])
+    return again
+
+
+def _records(folder: Path, runs: Sequence[int], name: str, low: int, high: int) -> np.ndarray:
+    """All records with low <= hash <= high."""
+    found = []
+    for first in runs:
+        table = np.load(_run_of_units(folder, name, first), mmap_mode="r")
+        start = int(np.searchsorted(table["hash"], np.uint64(low), "left"))
+        stop = int(np.searchsorted(table["hash"], np.uint64(high), "right"))
+        found.append(np.array(table[start:stop]))
+    return np.concatenate(found)
+
+
+def join_exact(folder: Path, runs: Sequence[int], low: int, high: int) -> np.ndarray:
     """The ordinals of documents whose text an earlier one has, among hashes in [low, high]."""
-    records, ordinals = _slices(folder, starts, "exact", low, high)
-    order = np.lexsort((ordinals, records["rest"], records["hash"]))
-    records, ordinals = records[order], ordinals[order]
-    again = (records["hash"][1:] == records["hash"][:-1]) & (records["rest"][1:] == records["rest"][:-1])
-    return np.sort(ordinals[1:][again])
+    records = _records(folder, runs, "exact", low, high)
+    records = records[np.lexsort((records["ordinal"], records["rest"], records["hash"]))]
+    return np.sort(records["ordinal"][_repeats(records)])
 
 
-def join_near(folder: Path, starts: Sequence[int], threshold: float, exact: Path, low: int, high: int) -> np.ndarray:
+def join_near(folder: Path, runs: Sequence[int], near: NearDuplicates, low: int, high: int) -> np.ndarray:
     """The ordinals of documents that share a band in [low, high] with an earlier one and resemble it."""
-    marks = np.memmap(exact, np.uint8, "r")
-    records, ordinals = _slices(folder, starts, "bands", low, high)
-    stays = marks[ordinals] & _EXACT == 0
-    hashes, ordinals = records["hash"][stays], ordinals[stays]
-    order = np.lexsort((ordinals, hashes))
-    hashes, ordinals = hashes[order], ordinals[order]
+    starts = np.load(folder / _STARTS)
+    records = _records(folder, runs, "bands", low, high)
+    records = records[np.lexsort((records["ordinal"], records["hash"]))]
+    hashes = records["hash"]
     edges = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1], [True]]))
+    # Of the many buckets, those that hold more than one document.
+    several = np.flatnonzero(np.diff(edges) > 1)
     alike: list[int] = []
-    for first, last in pairwise(edges.tolist()):
-        if last - first > 1:
-            alike += _resembling(folder, starts, threshold, ordinals[first:last])
+    for first, last in zip(edges[several].tolist(), edges[several + 1].tolist(), strict=True):
+        alike += _resembling(folder, starts, near, records["ordinal"][first:last].tolist())
     return np.unique(np.array(alike, np.int64))
 
 
-def _resembling(folder: Path, starts: Sequence[int], threshold: float, bucket: np.ndarray) -> Iterator[int]:
+def _resembling(folder: Path, starts: np.ndarray, near: NearDuplicates, bucket: Sequence[int]) -> Iterator[int]:
     """The documents of a bucket that resemble an earlier one of it by the estimated Jaccard similarity."""
     representatives: list[np.ndarray] = []
-    for ordinal in bucket.tolist():
+    for ordinal in bucket:
         unit = int(np.searchsorted(starts, ordinal, "right")) - 1
-        row = np.array(_signatures(folder, unit)[ordinal - starts[unit]])
-        if any(np.mean(row == other) >= threshold for other in representatives):
+        row = np.array(_signatures(folder, unit)[ordinal - int(starts[unit])])
+        if any(np.count_nonzero(row == other) >= near.threshold * len(row) for other in representatives):
             yield ordinal
         elif len(representatives) < _REPRESENTATIVES:
             representatives.append(row)

@@ -5,6 +5,7 @@ may run it, and run it again. `workspace` is the directory of intermediate files
 """
 
 import json
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -54,12 +55,16 @@ class Counts:
         return {**asdict(self), "dropped": dict(sorted(self.dropped.items()))}
 
 
-@dataclass(frozen=True)
-class UnitLedger:
-    """What a finished unit holds: counts by split and source, and samples of what it dropped."""
+@dataclass
+class Ledger:
+    """What finished units hold: counts by split and source, and by reason the samples of what they dropped."""
 
-    counts: dict[str, dict[str, Counts]]
-    samples: list[dict[str, Any]]
+    counts: dict[str, dict[str, Counts]] = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def at(self, split: str, source: str) -> Counts:
+        """The counts of a source's part of a split."""
+        return self.counts.setdefault(split, {}).setdefault(source, Counts())
 
     def total(self, split: str | None = None) -> Counts:
         """The counts of a split, or of all."""
@@ -69,6 +74,29 @@ class UnitLedger:
                 for counts in sources.values():
                     total.add(counts)
         return total
+
+    def keep(self, samples: Sequence[dict[str, Any]], number: int) -> None:
+        """Keep, of each reason, the `number` samples that come first in their keyed order."""
+        for sample in samples:
+            kept = self.samples.setdefault(sample["reason"], [])
+            insort(kept, sample, key=lambda sample: (sample["order"], sample["id"]))
+            del kept[number:]
+
+    def add(self, other: "Ledger", number: int) -> None:
+        """Add another's counts and samples to these."""
+        for split, sources in other.counts.items():
+            for source, counts in sources.items():
+                self.at(split, source).add(counts)
+        for samples in other.samples.values():
+            self.keep(samples, number)
+
+    def record(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        counts = {
+            split: {source: entry.record() for source, entry in sorted(sources.items())}
+            for split, sources in self.counts.items()
+        }
+        return {"counts": counts, "samples": dict(sorted(self.samples.items()))}
 
 
 @dataclass(frozen=True)
@@ -198,7 +226,7 @@ def encode_unit(
     content: Content,
     number: int,
     unit: Unit,
-    flags: "Flags | None",
+    flags: np.ndarray | None,
     tokenizer: Path,
     tokenizer_sha256: str,
     workspace: Path,
@@ -207,16 +235,14 @@ def encode_unit(
     """Tokenize a unit, write its tokens by split, enter it in the ledger, and return its number."""
     model = _load_tokenizer(tokenizer, tokenizer_sha256)
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in split_names(content)}
-    counts: dict[str, dict[str, Counts]] = {split: {} for split in encoded}
-    dropped: dict[str, list[dict[str, Any]]] = {}
+    ledger = Ledger()
     sample_key = derive_key("dropped samples", content.seed)
-    for document in documents(content, unit, flags.of(number) if flags else None):
-        entry = counts[document.split].setdefault(document.source, Counts())
+    for document in documents(content, unit, flags):
+        entry = ledger.at(document.split, document.source)
         if isinstance(document.text, Dropped):
-            reason = document.text.reason
-            entry.dropped[reason] += 1
+            entry.dropped[document.text.reason] += 1
             if samples:
-                keep_samples(dropped.setdefault(reason, []), [_sample_of(document, sample_key)], samples)
+                ledger.keep([_sample_of(document, sample_key)], samples)
             continue
         ids = model.encode_array(document.text)
         encoded[document.split].append(ids)
@@ -227,14 +253,7 @@ def encode_unit(
         with ShardWriter(unit_stem(workspace, number, split), model.vocab_size) as writer:
             for ids in arrays:
                 writer.append(ids, np.array([len(ids)]))
-    record = {
-        "counts": {
-            split: {source: entry.record() for source, entry in sorted(sources.items())}
-            for split, sources in counts.items()
-        },
-        "samples": [sample for _, kept in sorted(dropped.items()) for sample in kept],
-    }
-    write_json(unit_ledger(workspace, number), record)
+    write_json(unit_ledger(workspace, number), ledger.record())
     return number
 
 
@@ -251,14 +270,7 @@ def _sample_of(document: Prepared, key: bytes) -> dict[str, Any]:
     }
 
 
-def keep_samples(kept: list[dict[str, Any]], more: Sequence[dict[str, Any]], number: int) -> None:
-    """Keep, in place, the `number` samples that come first in their keyed order."""
-    kept += more
-    kept.sort(key=lambda sample: (sample["order"], sample["id"]))
-    del kept[number:]
-
-
-def read_ledger(workspace: Path, number: int) -> UnitLedger | None:
+def read_ledger(workspace: Path, number: int) -> Ledger | None:
     """A finished unit's ledger; None: it is not finished."""
     try:
         record = json.loads(unit_ledger(workspace, number).read_bytes())
@@ -268,7 +280,7 @@ def read_ledger(workspace: Path, number: int) -> UnitLedger | None:
         split: {source: Counts(**{**entry, "dropped": Counter(entry["dropped"])}) for source, entry in sources.items()}
         for split, sources in record["counts"].items()
     }
-    return UnitLedger(counts, record["samples"])
+    return Ledger(counts, record["samples"])
 
 
 def plan_shards(workspace: Path, units: int, split: str, shard_tokens: int) -> Iterator[tuple[ShardPart, ...]]:

@@ -85,7 +85,7 @@ class _Preparation:
             with self._stage("encode"):
                 ledger = self._encode(units, flags, tokenizer, workers)
             with self._stage("write"):
-                shards = self._write(ledger, tokenizer, workers)
+                shards = self._write(len(units), ledger, tokenizer, workers)
         return self._commit(surveys, tokenizer, ledger, shards)
 
     @contextmanager
@@ -167,23 +167,32 @@ class _Preparation:
                 + "\nGive a new directory (execution.output=DIR), take the change back, or delete this one."
             )
 
-    def _run(self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int) -> Iterator[Any]:
-        return run_tasks(function, jobs, workers, self.config.execution.task)
+    def _run(
+        self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, name: str | None = None
+    ) -> Iterator[Any]:
+        return run_tasks(function, jobs, workers, self.config.execution.task, name)
 
     def _run_units(
-        self, function: Callable[..., int], jobs: dict[int, tuple[Any, ...]], units: Sequence[encode.Unit], workers: int
+        self,
+        function: Callable[..., int],
+        todo: Sequence[int],
+        job: Callable[[int], tuple[Any, ...]],
+        units: Sequence[encode.Unit],
+        workers: int,
     ) -> Iterator[int]:
-        """Run one job a unit, by number; units that are read in sequence are one task."""
-        groups = ([jobs[number] for number in group if number in jobs] for group in group_units(units))
-        tasks = ((function, group) for group in groups if group)
-        for numbers in self._run(in_sequence, tasks, workers):
+        """Run `function(*job(number))` for the units of these numbers; those that are read in sequence are one task."""
+        wanted = set(todo)
+        groups = ([number for number in group if number in wanted] for group in group_units(units))
+        tasks = ((function, [job(number) for number in group]) for group in groups if group)
+        for numbers in self._run(in_sequence, tasks, workers, function.__name__):
             yield from numbers
 
     def _duplicates(self, units: Sequence[encode.Unit], workers: int) -> Flags | None:
         def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
             progress = Progress(f"duplicates ({function.__name__.replace('_', ' ')})", len(jobs), "parts", self.say)
             if function is fingerprint_unit:
-                results = self._run_units(function, {job[1]: job for job in jobs}, units, workers)
+                by_unit = {job[1]: job for job in jobs}
+                results = self._run_units(function, list(by_unit), by_unit.__getitem__, units, workers)
             else:
                 results = self._run(function, jobs, workers)
             for result in results:
@@ -212,37 +221,42 @@ class _Preparation:
 
     def _encode(
         self, units: Sequence[encode.Unit], flags: Flags | None, tokenizer: Tokenizer, workers: int
-    ) -> list[encode.UnitLedger]:
-        ledger = [encode.read_ledger(self.workspace, number) for number in range(len(units))]
-        todo = [number for number, entry in enumerate(ledger) if entry is None]
+    ) -> encode.Ledger:
+        total, todo = encode.Ledger(), []
+        sha256, samples = hash_file(tokenizer.path), self.config.execution.dropped_samples
+        for number in range(len(units)):
+            if (entry := encode.read_ledger(self.workspace, number)) is None:
+                todo.append(number)
+            else:
+                total.add(entry, samples)
         if len(todo) < len(units):
             self.say(f"encode: going on; {len(units) - len(todo)} of {len(units)} units are finished")
         progress = Progress("encode", len(units), "units", self.say, done=len(units) - len(todo))
-        sha256, samples = hash_file(tokenizer.path), self.config.execution.dropped_samples
-        jobs: dict[int, tuple[Any, ...]] = {
-            number: (self.content, number, units[number], flags, tokenizer.path, sha256, self.workspace, samples)
-            for number in todo
-        }
-        for number in self._run_units(encode.encode_unit, jobs, units, workers):
+
+        def job(number: int) -> tuple[Any, ...]:
+            marked = flags.of(number) if flags else None
+            return self.content, number, units[number], marked, tokenizer.path, sha256, self.workspace, samples
+
+        for number in self._run_units(encode.encode_unit, todo, job, units, workers):
             entry = encode.read_ledger(self.workspace, number)
             assert entry is not None
-            ledger[number] = entry
-            total = entry.total()
+            total.add(entry, samples)
+            done = entry.total()
             n_bytes = sum(piece.n_bytes for piece in units[number])
-            progress.add(1, documents=total.documents, tokens=total.tokens, n_bytes=n_bytes)
-        return [entry for entry in ledger if entry is not None]
+            progress.add(1, documents=done.documents, tokens=done.tokens, n_bytes=n_bytes)
+        return total
 
     def _write(
-        self, ledger: Sequence[encode.UnitLedger], tokenizer: Tokenizer, workers: int
+        self, units: int, ledger: encode.Ledger, tokenizer: Tokenizer, workers: int
     ) -> dict[str, list[ShardRecord]]:
         shards: dict[str, dict[int, ShardRecord]] = {}
         jobs: list[tuple[Any, ...]] = []
         for split in encode.split_names(self.content):
-            if not any(entry.total(split).documents for entry in ledger):
+            if not ledger.total(split).documents:
                 raise UserError(self._explain_empty(split, ledger))
             (self.output / split).mkdir(exist_ok=True)
             shards[split] = {}
-            plan = encode.plan_shards(self.workspace, len(ledger), split, self.content.shard_tokens)
+            plan = encode.plan_shards(self.workspace, units, split, self.content.shard_tokens)
             jobs += [
                 (self.workspace, self.output, split, number, parts, tokenizer.vocab_size)
                 for number, parts in enumerate(plan)
@@ -255,10 +269,8 @@ class _Preparation:
         return {split: [records[number] for number in sorted(records)] for split, records in shards.items()}
 
     @staticmethod
-    def _explain_empty(split: str, ledger: Sequence[encode.UnitLedger]) -> str:
-        total = encode.Counts()
-        for entry in ledger:
-            total.add(entry.total())
+    def _explain_empty(split: str, ledger: encode.Ledger) -> str:
+        total = ledger.total()
         if not total.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
             return f"content.sources: no document with text{f' (dropped: {reasons})' if reasons else ''}"
@@ -271,24 +283,18 @@ class _Preparation:
         self,
         surveys: Sequence[Survey],
         tokenizer: Tokenizer,
-        ledger: Sequence[encode.UnitLedger],
+        ledger: encode.Ledger,
         shards: dict[str, list[ShardRecord]],
     ) -> dict[str, Any]:
         inputs = self._inputs(surveys)
         splits: dict[str, Any] = {}
         for split, records in shards.items():
-            by_source = {source.name: encode.Counts() for source in self.content.sources}
-            for entry in ledger:
-                for source, counts in entry.counts[split].items():
-                    by_source[source].add(counts)
+            by_source = {source.name: ledger.at(split, source.name) for source in self.content.sources}
             if split == TRAIN:
                 for found in surveys:
                     by_source[self.content.sources[found.file.source].name].dropped.update(found.skipped)
-            total = encode.Counts()
-            for counts in by_source.values():
-                total.add(counts)
             splits[split] = {
-                **total.record(),
+                **ledger.total(split).record(),
                 "by_source": {source: counts.record() for source, counts in by_source.items()},
                 "shards": [asdict(record) for record in records],
             }
@@ -319,16 +325,10 @@ class _Preparation:
         self.say(f"done: {self.output}, digest {manifest['digest']}")
         return manifest
 
-    def _write_samples(self, ledger: Sequence[encode.UnitLedger]) -> None:
-        kept: dict[str, list[dict[str, Any]]] = {}
-        for entry in ledger:
-            for sample in entry.samples:
-                encode.keep_samples(
-                    kept.setdefault(sample["reason"], []), [sample], self.config.execution.dropped_samples
-                )
+    def _write_samples(self, ledger: encode.Ledger) -> None:
         if self.config.execution.dropped_samples:
             with write_aside(self.output / DROPPED) as file:
-                for _, samples in sorted(kept.items()):
+                for _, samples in sorted(ledger.samples.items()):
                     for sample in samples:
                         line = {name: value for name, value in sample.items() if name != "order"}
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")

@@ -44,6 +44,27 @@ def test_a_task_whose_worker_never_survives(ray_address: str) -> None:
         next(run_tasks(_die, [((piece,),)], 1, TaskResources(retries=1)))
 
 
+def test_memory_that_runs_out_every_time(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Ray's memory monitor ends every worker here; it would let the task start again for ever."""
+    config = tmp_path / "config.json"
+    (tmp_path / "slow_hook.py").write_text("import time\ndef wait(document_id, text):\n    time.sleep(60)\n")
+    config.write_text(make_config(clean={"function": "slow_hook:wait"}).model_dump_json())
+    job = subprocess.run(
+        [sys.executable, "-m", "pipeline.prepare", str(config), "execution.task.retries=1"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"},
+    )
+    assert job.returncode == 2, job.stderr
+    assert "the worker died 2 times (OutOfMemoryError)" in job.stderr
+    assert "content.unit_bytes" in job.stderr
+    assert str(tmp_path) in job.stderr or "corpus" in job.stderr  # the file it was at
+
+
 def test_a_head_node_that_dies(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
     """The command ends by itself, says why, and goes on elsewhere to the same bytes."""
     config = tmp_path / "config.json"

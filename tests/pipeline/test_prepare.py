@@ -131,7 +131,7 @@ class TestBytes:
                 if units > 15 * len(killed):
                     for process in psutil.Process().children(recursive=True):
                         with suppress(psutil.NoSuchProcess):
-                            if process.name().startswith("ray::in_sequenc"):
+                            if process.name().startswith("ray::encode_uni"):
                                 process.kill()
                                 killed.append(process.pid)
                                 break
@@ -408,7 +408,7 @@ from pipeline.config import PrepareConfig
 from pipeline.strict_yaml import load_config
 from pipeline.errors import run_command
 prepare.ray_cluster = lambda execution: nullcontext(1)
-prepare.run_tasks = lambda function, jobs, workers, resources: (function(*job) for job in jobs)
+prepare.run_tasks = lambda function, jobs, *settings: (function(*job) for job in jobs)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 run_command(lambda: prepare.prepare(load_config(PrepareConfig, sys.argv[1])) and 0)
 """
