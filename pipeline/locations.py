@@ -2,11 +2,15 @@
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 from pipeline.errors import UserError
+from pipeline.remote import RemoteFile, is_remote, may_pass, retry
+
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,11 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of a file: bytes [start, stop) of a text or jsonl file (unpacked), rows [start, stop) of a table."""
+    """Part of a file: bytes [start, stop) of a text or jsonl file (unpacked), rows [start, stop) of a table.
+
+    Pieces of a file with the same `run` are cheap to read only one after the other, each from where the one before it
+    ended; they take more than half a unit each. None: a piece by itself.
+    """
 
     source: int
     name: str
@@ -45,6 +53,7 @@ class Piece:
     start: int
     stop: int
     n_bytes: int
+    run: int | None = None
 
 
 def locate(path: str) -> str:
@@ -64,7 +73,11 @@ def open_filesystem(location: str, key: str) -> tuple[Any, str]:
 
     try:
         filesystem, path = url_to_fs(location)
-    except (ImportError, ValueError) as error:
+    except ImportError as error:
+        package = _PACKAGES.get(location.partition("://")[0])
+        advice = f"`pip install {package}` on all machines brings what reads it" if package else str(error)
+        raise UserError(f"{key}.path: {location}: {advice}") from None
+    except ValueError as error:
         raise UserError(f"{key}.path: {location}: {error}") from None
     return filesystem, path.rstrip("/")
 
@@ -74,24 +87,34 @@ def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: st
     key = f"content.sources.{source}"
     found: dict[str, SourceFile] = {}
     for path in [paths] if isinstance(paths, str) else paths:
-        filesystem, root = open_filesystem(locate(path), key)
-        if filesystem.isdir(root):
-            files = [file for file in filesystem.find(root) if PurePosixPath(file).match(pattern)]
+        location = locate(path)
+        filesystem, root = open_filesystem(location, key)
+        try:
+            kind = _kind(filesystem, root, location)
+            if kind == "directory":
+                within = retry(filesystem, partial(filesystem.find, root))
+                files = [file for file in within if PurePosixPath(file).match(pattern)]
+            elif kind is None and any(character in root for character in "*?["):
+                within = retry(filesystem, partial(filesystem.glob, root, detail=True))
+                files = [file for file, info in within.items() if info["type"] == "file"]
+            else:
+                files = [root] if kind else []
+        except OSError as error:
+            raise UserError(f"{key}.path: {path}: {error}") from None
+        if kind == "directory":
             if not files:
                 raise UserError(f"{key}.path: {path} holds no file that matches {pattern!r}; set {key}.pattern")
-        elif filesystem.isfile(root):
-            files, root = [root], root.rpartition("/")[0]
-        elif any(character in root for character in "*?["):
-            files = [file for file in filesystem.glob(root) if filesystem.isfile(file)]
+        elif kind == "file":
+            root = _without_query(root).rpartition("/")[0]
+        elif files:
             fixed = root.split("/")
             magic = next(i for i, part in enumerate(fixed) if any(character in part for character in "*?["))
             root = "/".join(fixed[:magic])
-            if not files:
-                raise UserError(f"{key}.path: no file matches {path}")
         else:
-            raise UserError(f"{key}.path: {path}: no such file or directory")
+            missing = "no file matches {}" if any(c in root for c in "*?[") else "{}: no such file or directory"
+            raise UserError(f"{key}.path: {missing.format(path)}")
         for file in files:
-            relative = file.removeprefix(root).lstrip("/")
+            relative = _without_query(file).removeprefix(root).lstrip("/")
             url = filesystem.unstrip_protocol(file)
             if relative in found and found[relative].url != url:
                 raise UserError(
@@ -102,26 +125,92 @@ def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: st
     return [found[relative] for relative in sorted(found)]
 
 
-def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
-    """Open for reading, unpacked by the name's ending unless `compression` is None."""
-    import fsspec
-    from fsspec.utils import infer_compression
+def _kind(filesystem: Any, path: str, location: str) -> str | None:
+    """`file`, `directory`, or None: nothing of this name. A web address is a directory if it ends with a slash."""
+    if _is_web(location) and location.endswith("/"):
+        return "directory"
+    try:
+        return str(retry(filesystem, lambda: filesystem.info(path))["type"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if error.__cause__ is not None and may_pass(error):  # no answer is not the answer that there is nothing
+            raise OSError(str(error.__cause__)) from None
+        return None
 
-    if compression == "infer" and infer_compression(url) == "zstd":
+
+def _is_web(location: str) -> bool:
+    return location.startswith(("http://", "https://"))
+
+
+def _without_query(path: str) -> str:
+    return path.partition("?")[0] if _is_web(path) else path
+
+
+def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
+    """Open for reading, seekable; unpacked by the name's ending unless `compression` is None.
+
+    On a remote file system what fails is tried again a few times, also later, while reading.
+    """
+    from fsspec.compression import compr
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(url)
+    raw: Any = filesystem.open(path, "rb") if not is_remote(filesystem) else RemoteFile(filesystem, path)
+    method = _compression(url) if compression == "infer" else compression
+    if method == "zstd":
         import pyarrow
 
         # fsspec's reader takes a truncated file for a whole one.
-        packed = fsspec.open(url, "rb", compression=None).open()
-        stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, "r"), "zstd")
-        return cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-    return cast(BinaryIO, fsspec.open(url, "rb", compression=compression).open())
+        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
+    elif method is not None:
+        return cast(BinaryIO, compr[method](raw, mode="rb"))
+    return cast(BinaryIO, raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, 1 << 20))
 
 
 def is_compressed(url: str) -> bool:
     """Whether `open_file` unpacks it."""
+    return _compression(url) is not None
+
+
+def _compression(url: str) -> str | None:
     from fsspec.utils import infer_compression
 
-    return infer_compression(url) is not None
+    method: str | None = infer_compression(_without_query(url))
+    return method
+
+
+def file_state(url: str) -> str:
+    """Changes when the file does, as far as its file system can tell."""
+    from fsspec.core import url_to_fs
+
+    filesystem, path = url_to_fs(url)
+    return str(retry(filesystem, lambda: filesystem.ukey(path)))
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=_Closable)
+
+
+class LeftOpen(Generic[T]):
+    """What a process left open at the end of a piece, for the next piece of its run: one thing at a time."""
+
+    def __init__(self) -> None:
+        self._held: tuple[object, T] | None = None
+
+    def take(self, key: object) -> T | None:
+        """What was left under this key; it is the caller's now."""
+        if self._held is None or self._held[0] != key:
+            return None
+        found, self._held = self._held[1], None
+        return found
+
+    def leave(self, key: object, value: T) -> None:
+        """Keep this, and close what was kept before."""
+        if self._held is not None:
+            self._held[1].close()
+        self._held = key, value
 
 
 def read_errors() -> tuple[type[BaseException], ...]:
@@ -131,4 +220,4 @@ def read_errors() -> tuple[type[BaseException], ...]:
 
     import pyarrow
 
-    return OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowInvalid
+    return OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException

@@ -16,9 +16,11 @@ from pipeline.errors import UserError
 from pipeline.hub import find_hub_files, is_parquet
 from pipeline.locations import (
     Document,
+    LeftOpen,
     Piece,
     Skipped,
     SourceFile,
+    file_state,
     find_files,
     is_compressed,
     open_file,
@@ -77,6 +79,8 @@ def survey(content: Content, file: SourceFile) -> Survey:
     try:
         with open_file(file.url, compression=None) as stream:
             size, sha256 = hash_stream(stream)
+        if not size and is_compressed(file.url):
+            raise EOFError("a compressed file is never empty")
         pieces = tuple(reader(content.sources[file.source]).pieces(file, size, content.unit_bytes))
     except read_errors() as error:
         if content.clean.on_unreadable_file == "skip":
@@ -114,18 +118,18 @@ def cut_units(surveys: Sequence[Survey], content: Content) -> list[tuple[Piece, 
 
 
 def group_units(units: Sequence[Sequence[Piece]]) -> list[list[int]]:
-    """The numbers of units in groups that one task reads in sequence.
+    """The numbers of units in groups that one task reads in sequence, long groups first.
 
-    A compressed file can only be unpacked from its start: the units that hold its pieces follow each other, in the
-    order of their place in the file. All others stand alone.
+    The units that hold the pieces of a run follow each other, in the order of their place in the file; all others stand
+    alone. No unit holds pieces of two runs, which take more than half a unit each.
     """
-    groups: dict[str | int, list[tuple[int, int]]] = {}
+    groups: dict[object, list[tuple[int, int]]] = {}
     for number, unit in enumerate(units):
-        # A piece that is no whole file has a unit of its own, but for what is left over at the end.
-        parts = [piece for piece in unit if is_compressed(piece.url) and (piece.start or len(unit) == 1)]
-        group = parts[0].url if parts else number
-        groups.setdefault(group, []).append((parts[0].start if parts else 0, number))
-    return [[number for _, number in sorted(group)] for group in groups.values()]
+        parts = [((piece.source, piece.name, piece.run), piece.start) for piece in unit if piece.run is not None]
+        group, start = parts[0] if parts else (number, 0)
+        groups.setdefault(group, []).append((start, number))
+    ordered = [[number for _, number in sorted(group)] for group in groups.values()]
+    return sorted(ordered, key=lambda group: (-len(group), group[0]))
 
 
 def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
@@ -187,18 +191,18 @@ class _JsonlReader:
         return find_files(source, self.config.name, self.config.path, self.config.pattern)
 
     def pieces(self, file: SourceFile, size: int, unit_bytes: int) -> Iterator[Piece]:
-        parts = max(1, -(-size // unit_bytes))
-        if is_compressed(file.url):
-            with open_file(file.url) as stream:
-                size = sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
-            parts = max(1, -(-size // unit_bytes))
-            # Even parts leave no small last one, which would share a unit with other files.
-            edges = [size * part // parts for part in range(parts + 1)]
-        else:
-            edges = [*range(0, size, unit_bytes), size]
-        for start, stop in pairwise(edges):
-            if start < stop:
+        if not is_compressed(file.url):
+            for start, stop in pairwise([*range(0, size, unit_bytes), size]):
                 yield Piece(**asdict(file), start=start, stop=stop, n_bytes=stop - start)
+            return
+        with open_file(file.url) as stream:
+            size = sum(len(block) for block in iter(lambda: stream.read(1 << 20), b""))
+        parts = -(-size // unit_bytes)
+        for part in range(parts):
+            start, stop = size * part // parts, size * (part + 1) // parts
+            # Even parts, rounded up: more than half a unit each.
+            n_bytes = -(-size // parts)
+            yield Piece(**asdict(file), start=start, stop=stop, n_bytes=n_bytes, run=0 if parts > 1 else None)
 
     def read(self, piece: Piece) -> Iterator[Document | UserError]:
         for offset, line in _compressed_lines(piece) if is_compressed(piece.url) else _lines(piece):
@@ -210,7 +214,7 @@ class _JsonlReader:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
             return Document(place, line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return UserError(f"{where}: not JSON: {error}")
         if not isinstance(row, dict):
             return UserError(f"{where}: not a JSON object")
@@ -221,6 +225,8 @@ class _JsonlReader:
         if not isinstance(text, str):
             return UserError(f"{where}: {self.config.text_field!r} (text_field) holds no string but {text!r:.60}")
         if self.config.id_field is not None:
+            if row[self.config.id_field] is None:
+                return UserError(f"{where}: {self.config.id_field!r} (id_field) is null")
             place = str(row[self.config.id_field])
         # A lone surrogate is valid JSON and no valid text: it becomes invalid UTF-8 here.
         return Document(place, text.encode("utf-8", "surrogatepass"))
@@ -240,22 +246,27 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 class _Unpacked:
     """A compressed file that is being unpacked: `position` is the start of the next line, `through` what was read."""
 
-    url: str
     stream: BinaryIO
     position: int = 0
     through: int = 0
 
+    def close(self) -> None:
+        self.stream.close()
 
-_unpacked: list[_Unpacked] = []  # at most one a process: the next piece of the same file goes on from there
+
+_unpacked: LeftOpen[_Unpacked] = LeftOpen()
 
 
 def _compressed_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     """As `_lines`, from one pass over the file as long as its pieces are read in their order."""
-    held = _unpacked.pop() if _unpacked else None
-    if held is not None and (held.url != piece.url or held.through > piece.start):
-        held.stream.close()
-        held = None
-    file = held or _Unpacked(piece.url, open_file(piece.url))
+    key = (piece.url, file_state(piece.url)) if piece.run is not None else None
+    file = _unpacked.take(key) if key else None
+    if file is not None and file.through > piece.start:
+        file.close()
+        file = None
+    if file is None:
+        file = _Unpacked(open_file(piece.url))
+    finished = False
     try:
         while file.position < piece.start:
             if file.position < piece.start - 1:
@@ -269,11 +280,12 @@ def _compressed_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             file.position += len(line)
             yield file.position - len(line), line
         file.through = piece.stop
-        _unpacked.append(file)
-        file = None  # type: ignore[assignment]
+        finished = True
     finally:
-        if file is not None:
-            file.stream.close()
+        if finished and key:
+            _unpacked.leave(key, file)
+        else:
+            file.close()
 
 
 class _HubReader:

@@ -8,15 +8,33 @@ from typing import Any, BinaryIO
 
 from pipeline.config import DatasetsSource, HubSource, ParquetSource
 from pipeline.errors import UserError
-from pipeline.locations import Document, Piece, SourceFile, find_files, locate, open_file, open_filesystem
+from pipeline.locations import (
+    Document,
+    LeftOpen,
+    Piece,
+    SourceFile,
+    file_state,
+    find_files,
+    locate,
+    open_file,
+    open_filesystem,
+)
 
 _ROWS_AT_ONCE = 256
+_BYTES_AT_ONCE = 8 << 20
+_READ_BYTES = 1 << 20
+_MOST_RUNS = 4
+_RUN_PIECES = 4
 
 _TableSource = ParquetSource | DatasetsSource | HubSource
 
 
 class ParquetReader:
-    """Pieces are ranges of rows inside row groups."""
+    """Pieces are ranges of rows inside row groups.
+
+    A row group can only be decoded from its start. Its pieces form one run, or up to four if they are many: four tasks
+    share it then, and decode it two and a half times between them.
+    """
 
     def __init__(self, config: ParquetSource | HubSource) -> None:
         self.config = config
@@ -32,32 +50,80 @@ class ParquetReader:
             # Leaf columns, where nested ones count several times.
             leaves = [table.metadata.schema.column(i).path for i in range(table.metadata.num_columns)]
             column = leaves.index(self.config.text_field)
-            first = 0
+            first, run = 0, 0
             for number in range(table.metadata.num_row_groups):
                 group = table.metadata.row_group(number)
                 n_bytes = group.column(column).total_uncompressed_size
-                for start, stop, part in _cut_rows(group.num_rows, n_bytes, unit_bytes):
-                    yield Piece(**asdict(file), start=first + start, stop=first + stop, n_bytes=part)
+                parts = list(_cut_rows(group.num_rows, n_bytes, unit_bytes))
+                runs = max(1, min(_MOST_RUNS, len(parts) // _RUN_PIECES))
+                for i, (start, stop, part) in enumerate(parts):
+                    mine = run + i * runs // len(parts) if len(parts) > 1 else None
+                    yield Piece(**asdict(file), start=first + start, stop=first + stop, n_bytes=part, run=mine)
                 first += group.num_rows
+                run += runs
 
     def read(self, piece: Piece) -> Iterator[Document | UserError]:
-        columns = [name for name in (self.config.text_field, self.config.id_field) if name is not None]
-        with open_file(piece.url, compression=None) as stream:
-            table = _open_parquet(stream, piece.url)
-            first = 0
-            for number in range(table.metadata.num_row_groups):
-                rows = table.metadata.row_group(number).num_rows
-                if first < piece.stop and first + rows > piece.start:
-                    row = first
-                    for batch in table.iter_batches(_ROWS_AT_ONCE, row_groups=[number], columns=columns):
-                        begin, end = max(piece.start - row, 0), min(piece.stop - row, batch.num_rows)
-                        if begin < end:
-                            part = batch.slice(begin, end - begin)
-                            yield from _rows(part, self.config, piece.name, piece.url, row + begin)
-                        row += batch.num_rows
-                        if row >= piece.stop:
-                            break
-                first += rows
+        key = (piece.url, file_state(piece.url), self.config.text_field, self.config.id_field)
+        group = _left.take(key) if piece.run is not None else None
+        if group is not None and not group.row <= piece.start < group.end:
+            group.close()
+            group = None
+        if group is None:
+            group = _RowGroup(piece, [name for name in (self.config.text_field, self.config.id_field) if name])
+        finished = False
+        try:
+            for first, rows in group.rows(piece):
+                yield from _rows(rows, self.config, piece.name, piece.url, first)
+            finished = True
+        finally:
+            if finished and piece.run is not None:
+                _left.leave(key, group)
+            else:
+                group.close()
+
+
+class _RowGroup:
+    """The row group that holds a piece, decoded from its start: rows up to `end`, `row` the next one."""
+
+    def __init__(self, piece: Piece, columns: list[str]) -> None:
+        self._stream = open_file(piece.url, compression=None)
+        self._batch: Any = None
+        self.row = self.end = 0
+        try:
+            table = _open_parquet(self._stream, piece.url)
+            number = -1
+            while self.end <= piece.start:
+                number += 1
+                group = table.metadata.row_group(number)
+                self.row, self.end = self.end, self.end + group.num_rows
+            at_once = _BYTES_AT_ONCE * group.num_rows // max(group.total_byte_size, 1)
+            # One thread: the work is spread over processes.
+            self._batches = table.iter_batches(
+                max(1, min(at_once, _ROWS_AT_ONCE)), row_groups=[number], columns=columns, use_threads=False
+            )
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def rows(self, piece: Piece) -> Iterator[tuple[int, Any]]:
+        """(number of the first row, rows): those of the piece, which must not lie before `row`."""
+        while self.row < piece.stop:
+            if not self._batch:
+                self._batch = next(self._batches, None)
+                if self._batch is None:
+                    raise OSError(f"its row group ends at row {self.row} of {self.end}")
+            begin = min(max(piece.start - self.row, 0), self._batch.num_rows)
+            end = min(piece.stop - self.row, self._batch.num_rows)
+            if begin < end:
+                yield self.row + begin, self._batch.slice(begin, end - begin)
+            self._batch = self._batch.slice(end)
+            self.row += end
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+_left: LeftOpen[_RowGroup] = LeftOpen()
 
 
 class DatasetsReader:
@@ -116,7 +182,7 @@ def _cut_rows(rows: int, n_bytes: int, unit_bytes: int) -> Iterator[tuple[int, i
     for part in range(parts):
         start, stop = rows * part // parts, rows * (part + 1) // parts
         if start < stop:
-            yield start, stop, n_bytes // parts
+            yield start, stop, -(-n_bytes // parts)
 
 
 def _open_parquet(stream: BinaryIO, url: str) -> Any:
@@ -124,7 +190,8 @@ def _open_parquet(stream: BinaryIO, url: str) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(stream)
+        # Pages are read one by one, so that no column of a row group is held as a whole.
+        return parquet.ParquetFile(stream, buffer_size=_READ_BYTES, page_checksum_verification=True)
     except pyarrow.ArrowInvalid as error:
         raise OSError(f"not a parquet file: {error}") from None
 
@@ -133,9 +200,18 @@ def _check_columns(schema: Any, config: _TableSource, where: str) -> None:
     for key, name in (("text_field", config.text_field), ("id_field", config.id_field)):
         if name is not None and name not in schema.names:
             raise UserError(f"{where}: no column {name!r} ({key}); it has: {', '.join(schema.names)}")
-    kind = str(schema.field(config.text_field).type)
-    if not any(word in kind for word in ("string", "binary")):
+    kind = schema.field(config.text_field).type
+    if not _is_text(kind):
         raise UserError(f"{where}: column {config.text_field!r} (text_field) holds {kind}, not text")
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    text = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    return bool(text or types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _rows(table: Any, config: _TableSource, name: str, where: str, first: int) -> Iterator[Document | UserError]:

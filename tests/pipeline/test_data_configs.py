@@ -33,7 +33,7 @@ def write_jsonl(file: Path, row: dict[str, Any]) -> None:
 
 
 LAYOUTS: dict[str, tuple[str, str, Callable[[Path, dict[str, Any]], None]]] = {
-    "wiki40b-en": ("en", "en/train/0000.parquet", write_parquet),
+    "wiki40b-en": ("en", "en/train-00000-of-00019.parquet", write_parquet),
     "pg19": ("default", "data/train-00000-of-00023.parquet", write_parquet),
     "c4": ("en", "en/c4-train.00000-of-01024.json.gz", write_jsonl),
 }

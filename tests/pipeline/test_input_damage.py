@@ -9,6 +9,7 @@ import lzma
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import pyarrow
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from pipeline import sources
+from pipeline import sources, tables
 from pipeline.check import describe_sources
 from pipeline.config import Content, PrepareConfig
 from pipeline.errors import UserError
@@ -49,17 +50,23 @@ def read(config: Content) -> tuple[list[Piece], list[Document], list[Skipped]]:
     return pieces, documents, [item for item in items if isinstance(item, Skipped)]
 
 
+def note_openings(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[str]:
+    """The addresses of the files that a module opens from now on."""
+    opened: list[str] = []
+
+    def noted(url: str, **how: Any) -> BinaryIO:
+        opened.append(url)
+        return open_file(url, **how)
+
+    monkeypatch.setattr(module, "open_file", noted)
+    return opened
+
+
 @pytest.mark.parametrize("ending", COMPRESS)
 def test_compressed_files_are_unpacked_once(tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read in sequence, one pass; a piece out of turn, or after one that was left out, holds the same documents."""
     (tmp_path / f"a.jsonl.{ending}").write_bytes(COMPRESS[ending](LINES))
-    opened: list[str] = []
-
-    def counted(url: str, **how: Any) -> BinaryIO:
-        opened.append(url)
-        return open_file(url, **how)
-
-    monkeypatch.setattr(sources, "open_file", counted)
+    opened = note_openings(monkeypatch, sources)
     config = content_of({"type": "jsonl", "path": str(tmp_path)}, unit_bytes=1000)
     units = cut_units([survey(config, file) for file in list_files(config)], config)
     opened.clear()
@@ -74,6 +81,72 @@ def test_compressed_files_are_unpacked_once(tmp_path: Path, ending: str, monkeyp
     for order in (pieces[::-1], pieces[::3]):
         for piece in order:
             assert [item.id for item in read_piece(config, piece)] == by_piece[piece.start]
+
+
+def test_small_files_beside_a_large_one_do_not_make_it_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small packed files share units with the pieces of a large one, which is still unpacked once."""
+    (tmp_path / "large.jsonl.gz").write_bytes(gzip.compress(LINES))
+    for number in range(60):
+        (tmp_path / f"small{number}.jsonl.gz").write_bytes(gzip.compress(LINES.splitlines(keepends=True)[0] * 2))
+    config = content_of({"type": "jsonl", "path": str(tmp_path)}, unit_bytes=int(len(LINES) / 5.1))
+    surveys = [survey(config, file) for file in list_files(config)]
+    units = cut_units(surveys, config)
+    assert any({piece.run for piece in unit} == {None, 0} for unit in units), "none shares a unit"
+    opened = note_openings(monkeypatch, sources)
+    for group in group_units(units):
+        for piece in (piece for number in group for piece in units[number]):
+            list(read_piece(config, piece))
+    assert sum(url.endswith("large.jsonl.gz") for url in opened) == 1
+
+
+def test_a_file_that_changed_is_opened_again(tmp_path: Path) -> None:
+    """What a worker left open is another file's by then."""
+    for kind, name in (("jsonl", "a.jsonl.gz"), ("parquet", "a.parquet")):
+        file = tmp_path / name
+
+        def write(word: str, file: Path = file, kind: str = kind) -> None:
+            rows = [{"text": f"{word} {number} " * 20} for number in range(300)]
+            if kind == "jsonl":
+                file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+            else:
+                parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+
+        write("old")
+        config = content_of({"type": kind, "path": str(file)}, unit_bytes=8000)
+        pieces, *_ = read(config)
+        list(read_piece(config, pieces[0]))
+        write("new")
+        items = list(read_piece(config, pieces[1]))
+        assert items
+        assert all(item.data.startswith(b"new") for item in items if isinstance(item, Document))
+
+
+@pytest.mark.parametrize("runs", [1, 4])
+def test_a_large_row_group_is_decoded_by_few_tasks(tmp_path: Path, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run opens the file once at most; a piece out of turn holds the same rows."""
+    rows = [{"text": f"{number} " * 50} for number in range(600)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet", use_dictionary=False)
+    size = sum(len(row["text"]) + 4 for row in rows)
+    unit_bytes = size // 6 if runs == 1 else size // 40
+    config = content_of({"type": "parquet", "path": str(tmp_path)}, unit_bytes=unit_bytes)
+    units = cut_units([survey(config, file) for file in list_files(config)], config)
+    opened = note_openings(monkeypatch, tables)
+    groups = group_units(units)
+    assert len(groups) == runs
+    assert max(len(group) for group in groups) - min(len(group) for group in groups) <= 1
+    found = {}
+    for group in groups:
+        for piece in (piece for number in group for piece in units[number]):
+            found[piece.start] = list(read_piece(config, piece))
+    assert len(opened) <= runs
+    documents = [item for _, part in sorted(found.items()) for item in part if isinstance(item, Document)]
+    assert [item.data.decode() for item in documents] == [row["text"] for row in rows]
+    pieces = [unit[0] for unit in units]
+    for order in (pieces[::-1], sorted(pieces, key=lambda piece: piece.start)[::3]):
+        for piece in order:
+            assert list(read_piece(config, piece)) == found[piece.start]
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
@@ -97,6 +170,7 @@ BAD_LINES = {
     "no field 'text' .text_field.; it has: body": b'{"body": "a"}\n',
     "'text' .text_field. holds no string but 3": b'{"text": 3}\n',
     "'text' .text_field. holds no string but None": b'{"text": null}\n',
+    "not JSON: maximum recursion depth": b"[" * 100_000 + b"\n",
 }
 
 
@@ -130,6 +204,36 @@ def test_a_damaged_row_group_in_the_middle(make_config: MakeConfig, ray_address:
     assert manifest["splits"]["train"]["documents"] == 80
     assert manifest["dropped"] == {"unreadable_rows": 20}
     assert list(verify(tmp_path / "data")) == []
+
+
+def test_a_row_whose_id_is_null(tmp_path: Path) -> None:
+    """Two of them would be one document by name."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"id": null, "text": "a"}\n{"id": 0, "text": "b"}\n')
+    source = {"type": "jsonl", "path": str(tmp_path), "id_field": "id"}
+    with pytest.raises(UserError, match=r"a\.jsonl: line at byte 0: 'id' \(id_field\) is null"):
+        read(content_of(source))
+    assert [item.id for item in read(content_of(source, clean={"on_bad_row": "skip"}))[1]] == ["jsonl:0"]
+
+
+def test_columns_that_hold_text_and_one_that_does_not(tmp_path: Path) -> None:
+    texts = ["a", "b", "a"]
+    for kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary()):
+        column = pyarrow.array(texts).cast(kind)
+        for number, stored in enumerate((column, column.dictionary_encode())):
+            parquet.write_table(pyarrow.table({"text": stored}), tmp_path / f"{kind}{number}.parquet")
+    _, documents, _ = read(content_of({"type": "parquet", "path": str(tmp_path)}))
+    assert sorted(item.data for item in documents) == sorted(text.encode() for text in texts * 6)
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "list.parquet")
+    with pytest.raises(UserError, match=r"list\.parquet: column 'text' \(text_field\) holds list<.*>, not text"):
+        read(content_of({"type": "parquet", "path": str(tmp_path / "list.parquet")}))
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_a_compressed_file_of_no_bytes(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.jsonl.{ending}").touch()
+    (tmp_path / "b.jsonl").touch()  # a file without lines, which is nothing wrong
+    with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}: cannot be read: a compressed file is never empty"):
+        read(content_of({"type": "jsonl", "path": str(tmp_path)}))
 
 
 def test_null_rows_of_a_table(tmp_path: Path) -> None:
