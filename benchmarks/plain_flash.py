@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flash_model.config import ModelConfig
 from flash_model.gau import GatedAttentionUnit
 from flash_model.lm import FlashLM
+from flash_model.norms import normalize
 from flash_model.ops.heads import accumulation_dtype, toeplitz
 from flash_model.positions import cos_sin, rotate_heads
 
@@ -20,11 +21,7 @@ from flash_model.positions import cos_sin, rotate_heads
 class PlainGatedAttentionUnit(GatedAttentionUnit):
     """A causal FLASH layer without the op."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config)
-        self.expand.op_differentiates_bias = False
-
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, doc_ids: Tensor | None = None, rotation: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """Map x (B, T, d_model) to the same shape, with cosine and sine of the rotary angles, (T, S / 2) each.
@@ -36,7 +33,9 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         assert doc_ids is None
         assert rotation is not None
         assert T % C == 0
-        u_BTE, v_BTE, z_BTS = F.silu(self.project(x)[0]).split([E, E, S], -1)
+        normed = normalize(x, *self.norm(), center=self.norm.center, eps=self.norm.eps)
+        projected = F.linear(normed, self.expand.weight, self.expand.bias)
+        u_BTE, v_BTE, z_BTS = F.silu(projected).split([E, E, S], -1)
         heads_BTHS = rotate_heads(z_BTS[:, :, None] * self.gamma + self.beta, *rotation)
         quad_q, quad_k, lin_q, lin_k = heads_BTHS.unflatten(1, (-1, C)).unbind(3)
         v_BGCE = v_BTE.unflatten(1, (-1, C))

@@ -22,7 +22,6 @@ from benchmarks.models import ENTRANTS, SIZES, Entrant, Size
 from benchmarks.report import DispatchLog, write_results
 from benchmarks.table import step_report
 from flash_model.baselines import TransformerLM
-from flash_model.compiling import recompute_norms
 from flash_model.lm import FlashLM, decayed_parameters
 
 WARM_UP_STEPS = 2
@@ -58,7 +57,6 @@ class TrainingStep:
 
 def compile_model(model: nn.Module, what: str, backend: str = "inductor") -> None:
     """Compile in place: "model" as one graph; "layer": one graph that all layers share, and the ends; "none": not."""
-    recompute_norms(isinstance(model, FlashLM))
     if what == "model":
         model.compile(dynamic=False, backend=backend)
     elif what == "layer":

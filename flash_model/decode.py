@@ -126,7 +126,7 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
     config = layer.config
     B, T, _ = x.shape
     C, S, E = config.chunk_size, config.qk_dim, config.expanded_dim
-    uvz, bias = layer.project(x)[0], layer.position_bias()
+    uvz, bias = layer.project(x)[1], layer.position_bias()
     dtype = accumulation_dtype(uvz)
     whole = T - T % C
     zeros = torch.zeros(B, S, E, dtype=dtype, device=x.device)
@@ -155,7 +155,7 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
 
 def _advance_chunk(layer: GatedAttentionUnit, x: Tensor, memory: ChunkMemory, position: int) -> Tensor:
     C = layer.config.chunk_size
-    uvz = layer.project(x)[0]
+    uvz = layer.project(x)[1]
     gate, values, (quad_q, quad_k, lin_q, lin_k) = _project(layer, uvz, position)
     row = memory.filled
     memory.quad_k[:, row], memory.values[:, row] = quad_k[:, 0], values[:, 0]
@@ -178,13 +178,14 @@ def _advance_chunk(layer: GatedAttentionUnit, x: Tensor, memory: ChunkMemory, po
 
 
 def _read_all(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, GrowingMemory]:
-    _, values, heads = _project(layer, layer.project(x)[0], 0)
-    return layer(x), GrowingMemory(heads[1], values)
+    _, values, heads = _project(layer, layer.project(x)[1], 0)
+    x, update = layer(x)
+    return x + update, GrowingMemory(heads[1], values)
 
 
 def _advance_all(layer: GatedAttentionUnit, x: Tensor, memory: GrowingMemory, position: int) -> Tensor:
     config = layer.config
-    gate, values, (q, k) = _project(layer, layer.project(x)[0], position)
+    gate, values, (q, k) = _project(layer, layer.project(x)[1], position)
     memory.keys = torch.cat([memory.keys, k], 1)
     memory.values = torch.cat([memory.values, values], 1)
     bias = layer.position_bias().to(values.dtype)[config.bias_extent - 1 - position : config.bias_extent]

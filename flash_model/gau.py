@@ -1,43 +1,51 @@
 """The gated attention unit, FLASH's and FLASH-Quad's only layer."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_model.add_norm_linear import add_norm_linear
 from flash_model.config import ModelConfig
-from flash_model.norms import build_norm
+from flash_model.norms import Norm
 from flash_model.ops import mixed_chunk_attention, quadratic_attention
 from flash_model.positions import rotary_bias
 
 
 class Expansion(nn.Linear):
-    """The dense layer before an op. `op_differentiates_bias`: the op has the bias' gradient without another pass."""
+    """The dense layer before an op, with the norm in front of it.
+
+    `op_differentiates_bias`: the op has the bias' gradient without another pass.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, op_differentiates_bias: bool) -> None:
         super().__init__(in_features, out_features)
         self.op_differentiates_bias = op_differentiates_bias
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        """Return x Wᵀ + bias and, where the op is to differentiate it, the bias: then no gradient of it goes this way.
+    def forward(  # type: ignore[override]
+        self, x: Tensor, update: Tensor | None, gain: Tensor, shift: Tensor, *, eps: float, center: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return x + update, the projection of its norm, and the bias where the op is to differentiate it.
 
-        It is a copy: under ZeRO-3 the parameter itself is there only as long as this module runs.
+        Then no gradient of the bias goes this way. It is a copy: under ZeRO-3 the parameter itself is there only as
+        long as this module runs.
         """
-        if not self.op_differentiates_bias:
-            return super().forward(x), None
-        return F.linear(x, self.weight, self.bias.detach()), self.bias.clone()
+        apart = self.op_differentiates_bias
+        bias = self.bias.detach() if apart else self.bias
+        total, projected = add_norm_linear(x, update, gain, shift, self.weight, bias, eps=eps, center=center)
+        return total, projected, self.bias.clone() if apart else None
 
 
 class GatedAttentionUnit(nn.Module):
-    """x + contract(SiLU(u) ⊙ attention(v, z)) with u, v, z = expand(norm(x)) (paper, sections 1 and 2).
+    """contract(SiLU(u) ⊙ attention(v, z)), to be added to x, with u, v, z = expand(norm(x)) (paper, sections 1 and 2).
 
-    It owns the op's parameters, because the module that calls an op must: ZeRO-3 gathers parameters module by module.
+    Units hand on their input and what is to be added to it: the next one adds and normalises in one pass. A unit owns
+    the op's parameters, because the module that calls an op must: ZeRO-3 gathers parameters module by module.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         D, E, S = config.d_model, config.expanded_dim, config.qk_dim
-        self.norm = build_norm(config.norm, D, config.norm_eps)
+        self.norm = Norm(config.norm, D, config.norm_eps)
         self.expand = Expansion(D, 2 * E + S, op_differentiates_bias=config.architecture == "flash")
         self.gamma = nn.Parameter(torch.empty(config.qk_heads, S))
         self.beta = nn.Parameter(torch.empty(config.qk_heads, S))
@@ -54,15 +62,20 @@ class GatedAttentionUnit(nn.Module):
             return self.bias_weight
         return rotary_bias(self.bias_query, self.bias_key, self.config.bias_extent, base=self.config.rope_base)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return uvz (B, T, 2E + S) of x (B, T, d_model), and its bias where the op is to differentiate that."""
-        projected: tuple[Tensor, Tensor | None] = self.expand(self.norm(x))
+    def project(self, x: Tensor, update: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return x + update, its uvz (B, T, 2E + S), and uvz's bias where the op is to differentiate that."""
+        projected: tuple[Tensor, Tensor, Tensor | None] = self.expand(
+            x, update, *self.norm(), eps=self.norm.eps, center=self.norm.center
+        )
         return projected
 
-    def forward(self, x: Tensor, doc_ids: Tensor | None = None) -> Tensor:
-        """Map x (B, T, d_model) to the same shape. doc_ids (B, T), not decreasing: nothing is read across documents."""
+    def forward(self, x: Tensor, doc_ids: Tensor | None = None, update: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return x + update and this unit's own update of it, all (B, T, d_model). None: there is nothing to add.
+
+        doc_ids (B, T), not decreasing: nothing is read across documents.
+        """
         config = self.config
-        uvz, projection_bias = self.project(x)
+        x, uvz, projection_bias = self.project(x, update)
         bias = self.position_bias()
         if config.architecture == "flash":
             attended = mixed_chunk_attention(
@@ -88,4 +101,4 @@ class GatedAttentionUnit(nn.Module):
                 doc_ids=doc_ids,
                 rope_base=config.rope_base,
             )
-        return x + self.contract(attended)
+        return x, self.contract(attended)

@@ -9,7 +9,7 @@ from flash_model.embedding import embed
 from flash_model.gau import GatedAttentionUnit
 from flash_model.init import build_initialized
 from flash_model.loss import linear_cross_entropy
-from flash_model.norms import build_norm
+from flash_model.norms import Norm, normalize
 from flash_model.positions import sinusoids
 
 
@@ -58,7 +58,7 @@ class FlashLM(nn.Module):
         self.embedding = TiedEmbedding(config.vocab_size, config.d_model)
         self.positions = ScaledSin(config.rope_base) if config.scaled_sin else None
         self.layers = nn.ModuleList(GatedAttentionUnit(config) for _ in range(config.n_layers))
-        self.norm = build_norm(config.norm, config.d_model, config.norm_eps)
+        self.norm = Norm(config.norm, config.d_model, config.norm_eps)
 
     def forward(
         self,
@@ -82,13 +82,14 @@ class FlashLM(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = self.positions(x)
+        update = None
         for layer in self.layers:
-            x = layer(x, doc_ids)
-        return self.head(x, targets, loss_mask)
+            x, update = layer(x, doc_ids, update)
+        return self.head(x if update is None else x + update, targets, loss_mask)
 
     def head(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """Norm, scale and project what leaves the last layer, (B, T, d_model): logits, with targets summed nats."""
-        hidden = self.norm(x) * self.config.logit_scale
+        hidden = normalize(x, *self.norm(), center=self.norm.center, eps=self.norm.eps) * self.config.logit_scale
         return self.embedding(hidden, project=True, targets=targets, loss_mask=loss_mask)
 
 

@@ -16,8 +16,6 @@ from flash_model.ops.heads import accumulation_dtype
 
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
 """Elements of a block of logits, by device: 128 MiB of float32, 512 MiB of bfloat16. The gradients add up by block."""
-LOGITS_IN_CACHE = {"cpu": 2**22, "cuda": 2**24}
-"""Elements of the pieces of a block that turn from logits into gradients while the L2 cache still holds them."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,27 +62,27 @@ def _linear_cross_entropy(
     nats_N = hidden_ND.new_empty(N, dtype=dtype)
     grad_hidden_ND = hidden_ND.new_empty((N, D) if differentiate else 0)
     grad_weight_VD = hidden_ND.new_zeros((V, D) if differentiate else 0, dtype=dtype)
-    piece, block = _rows_at_once(V, hidden_ND.device.type)
+    block = _rows_at_once(N, V, hidden_ND.device.type)
     # Rows lie a multiple of 128 bytes apart, as fast products want them.
     buffer = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)[:, :V]
     for first in range(0, N, block):
         block_ND = hidden_ND[first : first + block]
         logits_NV = buffer[: len(block_ND)]
-        for start in range(0, len(block_ND), piece):
-            rows = slice(first + start, min(first + start + piece, N))
-            piece_NV = torch.mm(hidden_ND[rows], weight_VD.T, out=logits_NV[start : start + piece])
-            nats_N[rows] = cross_entropy_(piece_NV, targets_N[rows], counts_N[rows], differentiate)
+        rows = slice(first, first + len(block_ND))
+        torch.mm(block_ND, weight_VD.T, out=logits_NV)
+        nats_N[rows] = cross_entropy_(logits_NV, targets_N[rows], counts_N[rows], differentiate)
         if differentiate:
             torch.mm(logits_NV, weight_VD, out=grad_hidden_ND[first : first + block])
             _add_product(grad_weight_VD, logits_NV.T, block_ND)
     return nats_N.sum(), grad_hidden_ND, grad_weight_VD
 
 
-def _rows_at_once(V: int, device: str) -> tuple[int, int]:
-    """Return the rows of a piece of logits, a multiple of 128 where they are many, and of a block of pieces."""
-    piece = max(1, LOGITS_IN_CACHE[device] // V)
-    piece = piece // 128 * 128 or piece
-    return piece, max(1, LOGITS_AT_ONCE[device] // (V * piece)) * piece
+def _rows_at_once(N: int, V: int, device: str) -> int:
+    """Return the rows of a block of logits: blocks are of one size as far as that goes, in units of 128 rows."""
+    most = max(1, LOGITS_AT_ONCE[device] // V)
+    unit = 128 if most >= 128 else 1
+    blocks = max(1, -(-N // (most // unit * unit)))
+    return max(1, -(-N // (blocks * unit)) * unit)
 
 
 def _cross_entropy_(logits_NV: Tensor, targets_N: Tensor, counts_N: Tensor, differentiate: bool) -> Tensor:

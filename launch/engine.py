@@ -12,7 +12,6 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from flash_model.compiling import recompute_norms
 from flash_model.gau import GatedAttentionUnit
 from flash_model.lm import FlashLM, build_model, decayed_parameters
 from launch.config import RunConfig, accumulation_steps
@@ -169,7 +168,6 @@ def _compile(model: FlashLM, zero_stage: int) -> None:
         from deepspeed.utils import set_z3_leaf_modules
 
         set_z3_leaf_modules(model, [GatedAttentionUnit])
-    recompute_norms(True)
     for module in model.layers if zero_stage == 3 else [model]:
         module.forward = torch.compile(module.forward, fullgraph=True)
 

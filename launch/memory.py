@@ -40,6 +40,7 @@ def estimate_memory(config: RunConfig, world_size: int, stage: int) -> Memory:
 def _activations(config: RunConfig, width: int) -> float:
     model = config.model
     expanded = model.expansion * model.d_model
-    # A layer keeps its input, the normalised input, the projection before SiLU and the op's output.
-    per_token = model.n_layers * width * (2 * model.d_model + 2 * expanded + model.qk_dim + expanded)
+    # A layer keeps its input, the projection before SiLU, the op's output and (flash) a state for each chunk.
+    states = model.qk_dim * expanded / model.chunk_size if model.architecture == "flash" else 0
+    per_token = model.n_layers * width * (model.d_model + 2 * expanded + model.qk_dim + expanded + states)
     return config.train.micro_batch * config.data.seq_len * per_token

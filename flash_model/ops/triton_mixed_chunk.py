@@ -19,10 +19,11 @@ from torch import Tensor
 from flash_model.ops.documents import hand_on
 from flash_model.ops.reference import Inputs
 from flash_model.ops.triton_mixed_chunk_heads import (
-    column_sums_kernel,
     diagonals_kernel,
     heads_backward_kernel,
     heads_kernel,
+    parameter_sums_kernel,
+    partial_sums_kernel,
     quad_backward_kernel,
     scores_kernel,
 )
@@ -187,17 +188,18 @@ def _make_heads(call: _Call, *, backward: bool) -> _Heads:
     return heads
 
 
-def _column_sums(partial: Tensor) -> Tensor:
-    """The sums (columns,) of partial (rows, columns), float32, in two steps so that the GPU is filled."""
-    groups = min(32, triton.cdiv(partial.shape[0], 32))
-    for parts in (groups, 1):
-        rows, columns = partial.shape
-        sums = partial.new_empty(parts, columns)
-        column_sums_kernel[(triton.cdiv(columns, 64), parts)](
-            partial, sums, rows, columns, triton.cdiv(rows, parts), COLUMNS=64, ROWS=32, num_warps=4
-        )
-        partial = sums
-    return partial[0]
+def _parameter_sums(call: _Call, heads: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gamma and beta (4, S), and of uvz the sums (2E + S,) over all tokens, of partial sums of each."""
+    inputs, E, S = call.inputs, call.E, call.S
+    parts, blocks = 32, (9 * S + 2 * E) // 64
+    sums = heads.new_empty(parts, 9 * S + 2 * E)
+    partial_sums_kernel[(blocks, parts)](
+        heads, u, v, sums, len(heads), len(u), len(v), E=E, S=S, PARTS=parts, COLUMNS=64, ROWS=64, num_warps=4
+    )
+    gamma, beta = torch.empty_like(inputs.gamma), torch.empty_like(inputs.beta)
+    tokens = heads.new_empty(2 * E + S)
+    parameter_sums_kernel[(blocks,)](sums, gamma, beta, tokens, E=E, S=S, PARTS=parts, COLUMNS=64, num_warps=4)
+    return gamma, beta, tokens
 
 
 def _total(sums: Tensor) -> Tensor:
@@ -415,17 +417,17 @@ def backward(
         inputs.uvz, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k, grads.uvz,
         partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
     )  # fmt: skip
-    grad_bias = call.new(2 * C - 1, dtype=torch.float32)
+    grad_bias = torch.empty_like(inputs.bias)
     diagonals_kernel[(2 * C - 1,)](
         grads.scores.view(N, C * C).sum(0, dtype=torch.float32), grad_bias, C=C, CAUSAL=inputs.causal
     )
-    sums = _column_sums(partial).view(9, S)
+    grad_gamma, grad_beta, token_sums = _parameter_sums(call, partial, grads.u_sums, grads.v_sums)
     state_sum = inputs.state_sum
     return (
         grads.uvz,
-        sums[:4].to(inputs.gamma.dtype, copy=True),
-        sums[4:8].to(inputs.beta.dtype, copy=True),
-        grad_bias.to(inputs.bias.dtype),
+        grad_gamma,
+        grad_beta,
+        grad_bias,
         call.new(0, dtype=torch.float32) if state_sum is None or grad_state is None else grad_state.to(state_sum.dtype),
-        torch.cat([_column_sums(grads.u_sums), _column_sums(grads.v_sums), sums[8]]),
+        token_sums,
     )

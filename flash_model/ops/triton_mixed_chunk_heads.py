@@ -323,18 +323,64 @@ def heads_backward_kernel(
     _store_pair(grad_uvz_ptr + grad_z, grad_z1, grad_z2, (t < T)[:, None] & present[None, :], H)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "span"])
-def column_sums_kernel(partial_ptr, sums_ptr, rows, columns, span, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """sums (parts, columns), each of `span` rows of partial (rows, columns). Grid: (columns / COLUMNS, parts)."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+@triton.jit(do_not_specialize=["head_rows", "u_rows", "v_rows"])
+def partial_sums_kernel(
+    heads_ptr, u_ptr, v_ptr, sums_ptr, head_rows, u_rows, v_rows,
+    E: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """sums (PARTS, 9S + 2E): those of a part of the rows of heads (…, 9S), u (…, E) and v (…, E).
+
+    Grid: (columns / COLUMNS, PARTS).
+    """
+    WIDTH: tl.constexpr = 9 * S + 2 * E
+    column = tl.program_id(0) * COLUMNS
+    if column < 9 * S:
+        acc = _sum_part(heads_ptr + column, head_rows, 9 * S, PARTS, COLUMNS, ROWS)
+    elif column < 9 * S + E:
+        acc = _sum_part(u_ptr + column - 9 * S, u_rows, E, PARTS, COLUMNS, ROWS)
+    else:
+        acc = _sum_part(v_ptr + column - 9 * S - E, v_rows, E, PARTS, COLUMNS, ROWS)
+    tl.store(sums_ptr + tl.program_id(1) * WIDTH + column + tl.arange(0, COLUMNS), acc)
+
+
+@triton.jit
+def _sum_part(
+    ptr, rows, width: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    """Sums (COLUMNS,) over this program's part of the rows of `width` numbers."""
+    column = tl.arange(0, COLUMNS)
+    span = tl.cdiv(rows, PARTS)
     start = tl.program_id(1) * span
     end = tl.minimum(start + span, rows)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(start, end, ROWS):
         row = first + tl.arange(0, ROWS)
-        mask = (row < end)[:, None] & (column < columns)[None, :]
-        acc += tl.load(partial_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
-    tl.store(sums_ptr + tl.program_id(1) * columns + column, tl.sum(acc, 0), mask=column < columns)
+        place = ptr + row.to(tl.int64)[:, None] * width + column[None, :]
+        acc += tl.load(place, mask=(row < end)[:, None], other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
+def parameter_sums_kernel(
+    sums_ptr, gamma_ptr, beta_ptr, tokens_ptr,
+    E: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums over PARTS of what partial_sums_kernel wrote: gamma's and beta's gradients (4S,), uvz's (2E + S,).
+
+    Grid: (columns / COLUMNS,).
+    """
+    WIDTH: tl.constexpr = 9 * S + 2 * E
+    first = tl.program_id(0) * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    total = tl.sum(tl.load(sums_ptr + tl.arange(0, PARTS)[:, None] * WIDTH + column[None, :]), 0)
+    if first < 4 * S:
+        tl.store(gamma_ptr + column, total.to(gamma_ptr.dtype.element_ty))
+    elif first < 8 * S:
+        tl.store(beta_ptr + column - 4 * S, total.to(beta_ptr.dtype.element_ty))
+    elif first < 9 * S:
+        tl.store(tokens_ptr + column - 8 * S + 2 * E, total)
+    else:
+        tl.store(tokens_ptr + column - 9 * S, total)
 
 
 @triton.jit
@@ -346,4 +392,5 @@ def diagonals_kernel(square_ptr, sums_ptr, C: tl.constexpr, CAUSAL: tl.constexpr
     mask = (key >= 0) & (key < C)
     if CAUSAL:
         mask = mask & (key <= query)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.load(square_ptr + key * C + query, mask=mask, other=0.0), 0))
+    total = tl.sum(tl.load(square_ptr + key * C + query, mask=mask, other=0.0), 0)
+    tl.store(sums_ptr + tl.program_id(0), total.to(sums_ptr.dtype.element_ty))

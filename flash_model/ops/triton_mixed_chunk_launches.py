@@ -27,7 +27,7 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "scores": Launch({"ROWS": 128}, 4),
         "forward": Launch(
             {
-                "SLICE": 4, "BLOCK": 2048, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
+                "SLICE": 4, "BLOCK": 4096, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
                 "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
             },
             8, 3, 128,

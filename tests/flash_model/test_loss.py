@@ -26,11 +26,9 @@ def drawn(N: int, D: int, V: int, dtype: torch.dtype = torch.float64, seed: int 
     return hidden, weight, torch.randint(0, V, (N,), generator=generator)
 
 
-@pytest.fixture(params=[(2**25, 2**22), (7 * 50, 3 * 50), (1, 1)], ids=["one block", "blocks of pieces", "single rows"])
+@pytest.fixture(params=[2**25, 7 * 50, 1], ids=["one block", "blocks", "single rows"])
 def logits_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, piece = request.param
-    monkeypatch.setitem(flash_model.loss.LOGITS_AT_ONCE, "cpu", block)
-    monkeypatch.setitem(flash_model.loss.LOGITS_IN_CACHE, "cpu", piece)
+    monkeypatch.setitem(flash_model.loss.LOGITS_AT_ONCE, "cpu", request.param)
 
 
 @pytest.mark.usefixtures("logits_at_once")
