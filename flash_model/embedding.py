@@ -29,7 +29,8 @@ def _(tokens: Tensor, weight_VD: Tensor) -> Tensor:
 
 @torch.library.custom_op("flash_model::embed_backward", mutates_args=())
 def _embed_backward(grad: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
-    few = tokens.numel() <= 3072  # so few torch adds up in the gradient's dtype
+    # So few torch adds up in bfloat16.
+    few = grad.dtype == torch.bfloat16 and tokens.numel() <= 3072
     summed = torch.ops.aten.embedding_dense_backward(grad.float() if few else grad, tokens, vocab_size, -1, False)
     return summed.to(grad.dtype)
 

@@ -53,13 +53,14 @@ def test_plain_flash_is_flash(chunk_size: int) -> None:
 
 @pytest.mark.parametrize("name", ["flash", "flash-plain", "t++-fa2"])
 def test_all_layers_share_one_compiled_graph(name: str) -> None:
+    """FLASH's first layer, to whose input nothing is added, has its own; positions (FLASH) and head are others."""
     model = models.build(ENTRANTS[name], models.Size(64, 3, 256, (128,), 512, 32, 16, 64), 128, CPU, torch.float32)
     tokens = torch.randint(0, 512, (2, 128), generator=torch.Generator().manual_seed(0))
     expected = model(tokens, tokens)
     torch._dynamo.utils.counters.clear()
     step.compile_model(model, "layer", backend="eager")
     torch.testing.assert_close(model(tokens, tokens), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if name.startswith("t") else 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == {"flash": 4, "flash-plain": 3, "t++-fa2": 2}[name]
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
