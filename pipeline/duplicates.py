@@ -121,7 +121,9 @@ def _parts(records: int) -> list[tuple[int, int]]:
 
 
 def fingerprint_unit(content: Content, number: int, unit: Unit, folder: Path) -> int:
-    """Write what the joins need to know of a unit's documents: its sorted hashes, its signatures."""
+    """Write what the joins need to know of a unit's documents, unless it is there: sorted hashes, signatures."""
+    if _ledger(folder, number).exists():
+        return number  # by an earlier run of this task, whose worker died at a later unit
     near = content.clean.near_duplicates
     places: list[int] = []
     digests: list[bytes] = []

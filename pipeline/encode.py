@@ -232,7 +232,9 @@ def encode_unit(
     workspace: Path,
     samples: int,
 ) -> int:
-    """Tokenize a unit, write its tokens by split, enter it in the ledger, and return its number."""
+    """Tokenize a unit, write its tokens by split and enter it in the ledger, unless it is there; return its number."""
+    if read_ledger(workspace, number) is not None:
+        return number  # by an earlier run of this task, whose worker died at a later unit
     model = _load_tokenizer(tokenizer, tokenizer_sha256)
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in split_names(content)}
     ledger = Ledger()

@@ -1,6 +1,7 @@
 """The preparation as a whole: the same bytes whatever happens, and bad input that leaves nothing that counts."""
 
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -24,8 +25,10 @@ from pipeline.cluster import own_folder
 from pipeline.config import PrepareConfig
 from pipeline.encode import choose_split
 from pipeline.errors import UserError
+from pipeline.locations import Document
 from pipeline.prepare import prepare
 from pipeline.shards import MANIFEST, TokenDataset
+from pipeline.sources import cut_units, group_units, list_files, read_piece, survey
 from pipeline.tokenizer import Tokenizer
 from pipeline.verify import verify
 
@@ -85,9 +88,10 @@ def write_config(path: Path, config: PrepareConfig) -> Path:
     return path
 
 
-def start(config: Path, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+def start(config: Path, *overrides: str, cwd: Path | None = None, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.prepare", str(config), *overrides],
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -147,6 +151,70 @@ class TestBytes:
         assert len(killed) >= 2
         assert manifest["digest"] == undisturbed
         assert list(verify(tmp_path / "data")) == []
+
+
+NOTED = """
+import os, signal
+from pathlib import Path
+FOLDER = Path(__file__).parent
+def note(document_id, text):
+    with open(FOLDER / "noted", "a+") as file:
+        file.write(document_id + "\\n")
+        file.seek(0)
+        number = len(file.readlines())
+    if str(number) in (FOLDER / "kill_at").read_text().split():
+        os.kill(os.getpid(), signal.SIGKILL)
+    return text
+"""
+
+
+def test_a_killed_worker_repeats_no_finished_unit_of_its_file(
+    make_config: MakeConfig, ray_address: str, texts: list[str], tmp_path: Path
+) -> None:
+    """One task reads all units in sequence; it dies inside one while it fingerprints, and one while it encodes."""
+    (tmp_path / "noting.py").write_text(NOTED)
+    (tmp_path / "a.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": t}) + "\n" for t in texts).encode())
+    )
+    changes: dict[str, Any] = {
+        "sources": [{"type": "jsonl", "path": str(tmp_path / "a.jsonl.gz")}],
+        "clean": {"function": "noting:note", "exact_duplicates": True},
+    }
+
+    def run(output: str, *kill_at: int) -> list[str]:
+        (tmp_path / "noted").unlink(missing_ok=True)
+        (tmp_path / "kill_at").write_text(" ".join(map(str, kill_at)))
+        config = write_config(tmp_path / "config.json", make_config(output, **changes))
+        environment = {"RAY_ADDRESS": ray_address, "PYTHONPATH": str(Path(__file__).parents[2])}
+        job = start(config, cwd=tmp_path, **environment)
+        printed = job.communicate(timeout=120)[0]
+        assert job.returncode == 0, printed
+        return (tmp_path / "noted").read_text().splitlines()
+
+    content = make_config(**changes).content
+    units = cut_units([survey(content, file) for file in list_files(content)], content)
+    assert len(group_units(units)) == 1
+    unit_of = {
+        item.id: number
+        for number, unit in enumerate(units)
+        for piece in unit
+        for item in read_piece(content, piece)
+        if isinstance(item, Document)
+    }
+
+    def run_again(noted: list[str], kill_at: int) -> list[str]:
+        """What is noted when the worker dies at a document and another begins with that one's unit."""
+        first = kill_at - 1
+        while unit_of[noted[first - 1]] == unit_of[noted[kill_at - 1]]:
+            first -= 1
+        return noted[:kill_at] + noted[first:]
+
+    undisturbed = run("undisturbed")
+    assert len(undisturbed) == 2 * len(texts)
+    expected = run_again(run_again(undisturbed, 40), 105)
+    assert len(expected) > len(undisturbed) + 2
+    assert run("data", 40, 105) == expected
+    assert files_of(tmp_path / "data") == files_of(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=lambda how: how.name)
