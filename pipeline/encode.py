@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.locations import Document, Piece, Skipped, SourceFile
 from pipeline.order import derive_key, keyed_hash
 from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter, bin_path, idx_path
-from pipeline.sources import Survey, read_piece, survey
+from pipeline.sources import Survey, read_piece, reading_order, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -165,13 +165,13 @@ def documents(content: Content, unit: Unit, flags: np.ndarray | None = None) -> 
 
 
 def _sample(content: Content, units: Sequence[Unit], flags: "Flags | None") -> Iterator[str]:
-    """About `sample_bytes` of training text, spread over many units (which come in keyed order)."""
+    """About `sample_bytes` of training text, spread over many units: the first ones in their keyed order."""
     assert content.tokenizer.train is not None
     left = content.tokenizer.train.sample_bytes
     chosen = units[: max(_SAMPLE_UNITS, -(-2 * left // content.unit_bytes))]
-    for number, unit in enumerate(chosen):
-        share = -(-left // (len(chosen) - number))
-        for document in documents(content, unit, flags.of(number) if flags else None):
+    for done, number in enumerate(reading_order(chosen)):
+        share = -(-left // (len(chosen) - done))
+        for document in documents(content, chosen[number], flags.of(number) if flags else None):
             text = document.text
             if document.split == TRAIN and isinstance(text, str) and share > 0:
                 # As many characters as bytes are left: at least that much text, and no character is cut.

@@ -125,11 +125,28 @@ def group_units(units: Sequence[Sequence[Piece]]) -> list[list[int]]:
     """
     groups: dict[object, list[tuple[int, int]]] = {}
     for number, unit in enumerate(units):
-        parts = [((piece.source, piece.name, piece.run), piece.start) for piece in unit if piece.run is not None]
-        group, start = parts[0] if parts else (number, 0)
+        piece = _piece_of_a_run(unit)
+        group, start = ((piece.source, piece.name, piece.run), piece.start) if piece else (number, 0)
         groups.setdefault(group, []).append((start, number))
     ordered = [[number for _, number in sorted(group)] for group in groups.values()]
     return sorted(ordered, key=lambda group: (-len(group), group[0]))
+
+
+def reading_order(units: Sequence[Sequence[Piece]]) -> list[int]:
+    """The numbers of units in the order in which one task reads all of them, unpacking or decoding no file twice.
+
+    Units without a piece of a run come first, as they stand; then those of each file, by their place in it.
+    """
+
+    def place(number: int) -> tuple[int, str, int]:
+        piece = _piece_of_a_run(units[number])
+        return (piece.source, piece.name, piece.start) if piece else (-1, "", number)
+
+    return sorted(range(len(units)), key=place)
+
+
+def _piece_of_a_run(unit: Sequence[Piece]) -> Piece | None:
+    return next((piece for piece in unit if piece.run is not None), None)
 
 
 def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:

@@ -1,13 +1,23 @@
-"""SentencePiece: reserved pieces, exact round trips, determinism, messages."""
+"""SentencePiece: reserved pieces, exact round trips, the sample it is trained on, determinism, messages."""
 
+import gzip
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import pyarrow
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from pipeline.config import TrainTokenizer
+from pipeline import encode, sources, tables
+from pipeline.config import Content, TrainTokenizer
+from pipeline.encode import make_tokenizer
 from pipeline.errors import UserError
+from pipeline.locations import open_file
+from pipeline.sources import cut_units, list_files, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
 CONFIGS = {
@@ -73,3 +83,77 @@ def test_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(b"no model")
     with pytest.raises(UserError, match="not a SentencePiece model"):
         Tokenizer(tmp_path / "m")
+
+
+class Counted:
+    """A file that adds what is read of it to `n_bytes`."""
+
+    n_bytes = 0
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.close = stream.close
+
+    def read(self, size: int = -1) -> bytes:
+        return self._count(self._stream.read(size))
+
+    def readline(self) -> bytes:
+        return self._count(self._stream.readline())
+
+    @classmethod
+    def _count(cls, data: bytes) -> bytes:
+        cls.n_bytes += len(data)
+        return data
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_large_file_is_sampled_in_one_pass(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed file, or a table of one row group, of which every second unit gives its share; small files beside it."""
+    rows = [{"text": f"{number} " * 50} for number in range(2000)]
+    lines = [json.dumps(row).encode() + b"\n" for row in rows]
+    n_bytes = sum(map(len, lines))
+    large = tmp_path / ("large.jsonl.gz" if kind == "jsonl" else "large.parquet")
+    if kind == "jsonl":
+        large.write_bytes(gzip.compress(b"".join(lines)))
+    else:
+        parquet.write_table(pyarrow.Table.from_pylist(rows), large, use_dictionary=False)
+    for number in range(20):
+        (tmp_path / f"small{number}.jsonl").write_bytes(lines[number])
+    content = Content.model_validate(
+        {
+            "sources": [
+                {"type": kind, "path": str(large)},
+                {"type": "jsonl", "name": "small", "path": str(tmp_path / "small*")},
+            ],
+            "tokenizer": {"train": {"vocab_size": 300, "sample_bytes": 25_000}},
+            "splits": {},
+            "unit_bytes": n_bytes // 128,
+        }
+    )
+    units = cut_units([survey(content, file) for file in list_files(content)], content)
+    opened: list[str] = []
+    samples: list[list[str]] = []
+
+    def counted(url: str, **how: Any) -> Any:
+        if url.endswith(large.name):
+            opened.append(url)
+        return Counted(open_file(url, **how)) if url.endswith(".gz") else open_file(url, **how)
+
+    def train(texts: Iterable[str], config: TrainTokenizer) -> bytes:
+        samples.append(list(texts))
+        return b""
+
+    monkeypatch.setattr(sources if kind == "jsonl" else tables, "open_file", counted)
+    monkeypatch.setattr(encode, "train_tokenizer", train)
+    for number in range(2):
+        Counted.n_bytes = 0
+        opened.clear()
+        make_tokenizer(content, units, None, tmp_path / f"{number}.model")
+        assert len(opened) == 1
+        assert Counted.n_bytes <= n_bytes
+        assert (Counted.n_bytes > 0) == (kind == "jsonl")
+    assert samples[0] == samples[1]
+    assert sum(len(text) for text in samples[0]) == 25_000
+    taken = {text.split()[0] for text in samples[0] if text}
+    chosen = {piece.start for unit in units[:64] for piece in unit if piece.run is not None}
+    assert len(taken) >= len(chosen) > 55
