@@ -27,13 +27,17 @@ def config_changes(old: Any, new: Any, key: str) -> list[str]:
 
 def source_changes(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[str]:
     """Which source files of a manifest were added, changed or taken away."""
-    before = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in old}
-    after = {f"{entry['source']}:{entry['name']}": entry["sha256"] for entry in new}
+    before, after = _hashes(old), _hashes(new)
     return [
         f"source file {name}: {'added' if name not in before else 'gone' if name not in after else 'changed'}"
         for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
+        if name not in before or name not in after or before[name] != after[name]
     ]
+
+
+def _hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str | None]:
+    # A file that could not be read has none: null, once "".
+    return {f"{entry['source']}:{entry['name']}": entry["sha256"] or None for entry in entries}
 
 
 @contextmanager

@@ -113,7 +113,7 @@ class _Preparation:
         surveys: list[Survey] = []
         for batch in self._run(encode.survey_files, jobs, workers):
             surveys += batch
-            progress.add(len(batch), n_bytes=sum(found.size for found in batch))
+            progress.add(len(batch), n_bytes=sum(found.size or 0 for found in batch))
         surveys.sort(key=lambda found: (found.file.source, found.file.name))
         self._bind_workspace(self._inputs(surveys))
         units = cut_units(surveys, self.content)

@@ -32,11 +32,14 @@ from pipeline.tables import DatasetsReader, ParquetReader
 
 @dataclass(frozen=True)
 class Survey:
-    """What one look at a whole file tells; `skipped` counts, by reason, what cannot be read and is left out."""
+    """What one look at a whole file tells; `skipped` counts, by reason, what cannot be read and is left out.
+
+    `size` (bytes) and `sha256` (hex) are those of the file as it lies there, packed or damaged; None: not to be read.
+    """
 
     file: SourceFile
-    size: int
-    sha256: str
+    size: int | None
+    sha256: str | None
     pieces: tuple[Piece, ...]
     skipped: dict[str, int] = field(default_factory=dict)
 
@@ -75,7 +78,7 @@ def list_files(content: Content) -> list[SourceFile]:
 
 def survey(content: Content, file: SourceFile) -> Survey:
     """Hash a file and cut it into pieces."""
-    size, sha256 = 0, ""
+    size = sha256 = None
     try:
         with open_file(file.url, compression=None) as stream:
             size, sha256 = hash_stream(stream)

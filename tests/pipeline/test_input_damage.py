@@ -3,6 +3,7 @@
 import bz2
 import functools
 import gzip
+import hashlib
 import http.server
 import json
 import lzma
@@ -23,6 +24,7 @@ from pipeline.config import Content, PrepareConfig
 from pipeline.errors import UserError
 from pipeline.locations import Document, Piece, Skipped, open_file
 from pipeline.prepare import prepare
+from pipeline.shards import MANIFEST
 from pipeline.sources import cut_units, group_units, list_files, read_piece, survey
 from pipeline.verify import verify
 
@@ -162,6 +164,48 @@ def test_a_truncated_compressed_file(tmp_path: Path, ending: str) -> None:
     assert [found.skipped for found in surveys] == [{"unreadable_file": 1}, {}]
     assert surveys[0].record(["jsonl"])["skipped"] == {"unreadable_file": 1}
     assert len(read(config)[1]) == len(ROWS)
+
+
+def test_an_unreadable_file_in_the_manifest(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
+    """Damaged: with the hash of its bytes; not to be read at all: without one, which is no change the next time."""
+    texts, output = tmp_path / "texts", tmp_path / "data"
+    texts.mkdir()
+    packed = gzip.compress(LINES)[:-100]
+    (texts / "damaged.jsonl.gz").write_bytes(packed)
+    (texts / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    (texts / "good.jsonl").write_bytes(LINES)
+    config = make_config(
+        sources=[{"type": "jsonl", "path": str(texts)}], clean={"on_unreadable_file": "skip"}, splits={}
+    )
+    manifest = prepare(config)
+    damaged, gone, good = manifest["sources"]
+    skipped = {"unreadable_file": 1}
+    assert damaged == {
+        "source": "jsonl",
+        "name": "damaged.jsonl.gz",
+        "size": len(packed),
+        "sha256": hashlib.sha256(packed).hexdigest(),
+        "skipped": skipped,
+    }
+    assert gone == {"source": "jsonl", "name": "gone.jsonl", "size": None, "sha256": None, "skipped": skipped}
+    assert good["sha256"] == hashlib.sha256(LINES).hexdigest()
+    assert manifest["dropped"] == {"unreadable_file": 2}
+    assert list(verify(output)) == []
+    assert (
+        "(2 hashes), which the digest covers. 1 could not be read and have none." in (output / "README.md").read_text()
+    )
+    assert prepare(config)["digest"] == manifest["digest"]
+
+    old = json.loads((output / MANIFEST).read_text())
+    old["sources"][1] |= {"size": 0, "sha256": ""}  # as it was written once
+    (output / MANIFEST).write_text(json.dumps(old))
+    prepare(config)
+    (texts / "gone.jsonl").unlink()
+    (texts / "new.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError) as caught:
+        prepare(config)
+    assert "source file jsonl:gone.jsonl: gone\n" in str(caught.value)
+    assert "source file jsonl:new.jsonl: added\n" in str(caught.value)
 
 
 BAD_LINES = {
