@@ -205,7 +205,7 @@ def run_tasks(
             "If memory ran out, lower content.unit_bytes (in a new output directory), or raise execution.task.num_cpus "
             "or execution.task.memory_bytes so that fewer tasks share a node. Finished work is kept."
         ) from error
-    except (ClusterLostError, exceptions.LocalRayletDiedError, exceptions.RaySystemError, ConnectionError) as error:
+    except (exceptions.LocalRayletDiedError, exceptions.RaySystemError, ConnectionError) as error:
         running.clear()
         raise ClusterLostError(f"the Ray cluster is gone ({type(error).__name__})") from error
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,14 +198,9 @@ def make_tokenizer(content: Content, units: Sequence[Unit], flags: "Flags | None
             "content.sources: no document with text falls into the train split, so there is nothing to train a "
             "tokenizer on; add documents or lower content.splits"
         )
-    model = train_tokenizer(_chain(first, sample), content.tokenizer.train)
+    model = train_tokenizer(chain([first], sample), content.tokenizer.train)
     with write_aside(target) as file:
         file.write(model)
-
-
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
 
 
 @lru_cache(maxsize=1)
