@@ -1,13 +1,16 @@
 """A look at the sources before anything is made: files, fields, first row."""
 
 import json
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from pipeline.config import Content, DatasetsSource, TextSource
 from pipeline.errors import UserError
-from pipeline.locations import Document, SourceFile, open_file, open_filesystem, read_errors
-from pipeline.sources import has_rows, list_files, reader
+from pipeline.locations import Piece, Skipped, SourceFile, open_file, open_filesystem, read_errors
+from pipeline.sources import has_rows, list_files, read_piece, reader
 
 _SHOWN = 200
 _FIRST_PIECE_BYTES = 1 << 20
@@ -35,36 +38,33 @@ def describe_sources(content: Content) -> Iterator[str]:
 
 def _first_rows(content: Content, number: int, files: list[tuple[SourceFile, int]]) -> Iterator[str]:
     source = content.sources[number]
-    found = reader(source)
     for file, size in files:
         if isinstance(source, TextSource):
             with open_file(file.url) as stream:
                 yield f"  first document: {_shown(stream.read(4 * _SHOWN))}"
             return
-        if not has_rows(source, file.url):
-            with open_file(file.url) as stream:
-                line = stream.readline()
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file.url}: line at byte 0: not JSON: {error}") from None
-            if isinstance(row, dict):
-                yield "  fields: " + ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items())
-                if source.text_field not in row:
-                    raise UserError(
-                        f"{file.url}: no field {source.text_field!r} (text_field); it has: {', '.join(row)}"
-                    )
-                yield f"  first row: {_shown(json.dumps(row, ensure_ascii=False).encode('utf-8', 'replace'))}"
-            return
-        if not isinstance(source, DatasetsSource):
-            yield f"  columns: {_columns(file)}"
-        for piece in found.pieces(file, size, _FIRST_PIECE_BYTES):
-            for item in found.read(piece):
-                if isinstance(item, Document):
-                    yield f"  first row: {item.id}: {_shown(item.data)}"
-                else:
-                    yield f"  first row: {item}"
+        if has_rows(source, file.url):
+            if not isinstance(source, DatasetsSource):
+                yield f"  columns: {_columns(file)}"
+            pieces = reader(source).pieces(file, size, _FIRST_PIECE_BYTES)
+        else:
+            # Without an end: how long a packed file is, only reading all of it would tell.
+            pieces = iter([Piece(**asdict(file), start=0, stop=sys.maxsize, n_bytes=size)])
+        for item in (item for piece in pieces for item in read_piece(content, piece)):
+            if isinstance(item, Skipped):
+                yield f"  first row: left out ({item.reason})"
                 return
+            if not has_rows(source, file.url):
+                yield from _fields(file)
+            yield f"  first row: {item.id}: {_shown(item.data)}"
+            return
+
+
+def _fields(file: SourceFile) -> Iterator[str]:
+    """Of the first line that is not blank, if it is text."""
+    with open_file(file.url) as stream, suppress(UnicodeDecodeError):
+        row = json.loads(next(line for line in stream if line.strip()).decode())
+        yield "  fields: " + ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items())
 
 
 def _columns(file: SourceFile) -> str:

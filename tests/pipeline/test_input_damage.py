@@ -230,6 +230,32 @@ def test_bad_lines(tmp_path: Path, message: str) -> None:
     assert [(item.reason, item.count) for item in skipped] == [("bad_row", 1)]
 
 
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_a_look_at_lines(tmp_path: Path, ending: str) -> None:
+    """The first row as preparing would read it; errors in the same words."""
+    file = tmp_path / f"a.jsonl{ending}"
+
+    def look(lines: bytes, **clean: str) -> list[str]:
+        file.write_bytes(COMPRESS.get(ending[1:], bytes)(lines))
+        return list(describe_sources(content_of({"type": "jsonl", "name": "web", "path": str(file)}, clean=clean)))[2:]
+
+    assert look(b"\n" + LINES) == [
+        "  fields: text: str",
+        f"  first row: web:{file.name}@1: {ROWS[0]['text']!r}",
+    ]
+    bad = b'{"body": "a", "n": 1}\n'
+    with pytest.raises(UserError) as caught:
+        look(bad + LINES)
+    with pytest.raises(UserError) as prepared:
+        read(content_of({"type": "jsonl", "path": str(file)}))
+    assert str(caught.value) == str(prepared.value)
+    assert "line at byte 0: no field 'text' (text_field); it has: body, n. Mend it" in str(caught.value)
+    assert look(bad + LINES, on_bad_row="skip") == ["  first row: left out (bad_row)"]
+    (shown,) = look(b'{"text": "caf\xe9"}\n')  # for the cleaner to find out
+    assert shown.endswith(repr('{"text": "caf\ufffd"}\n'))
+    assert look(b"") == []
+
+
 def test_a_damaged_row_group_in_the_middle(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
     """Its rows are named, or left out and counted; the others are all there."""
     file = tmp_path / "a.parquet"
@@ -381,7 +407,7 @@ def test_a_repository_of_the_hub(repository: Path) -> None:
     lines = list(describe_sources(config))
     assert lines[0].startswith("hub (hub): 2 files")
     assert any("columns: text: string, url: string" in line for line in lines)
-    assert any("first row: en/train-00000.parquet@0: 'row 0 0'" in line for line in lines)
+    assert any("first row: hub:en/train-00000.parquet@0: 'row 0 0'" in line for line in lines)
 
 
 @pytest.mark.parametrize(
