@@ -24,6 +24,7 @@ _STOP_CHECK_SECONDS = 0.5
 _CONNECT_SECONDS = 10
 _HEAD_CHECK_SECONDS = 2
 _HEAD_SILENT_SECONDS = 15
+_MEMORY_RETRIES = "RAY_task_oom_retries"
 
 
 @contextmanager
@@ -79,15 +80,14 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
 @contextmanager
 def _retries_without_memory(resources: TaskResources) -> Iterator[None]:
     """Where Ray is started, limit how often it runs a task again that ran out of memory: its default is for ever."""
-    name = "RAY_task_oom_retries"
-    if name in os.environ:
+    if _MEMORY_RETRIES in os.environ:
         yield
         return
-    os.environ[name] = str(resources.retries)
+    os.environ[_MEMORY_RETRIES] = str(resources.retries)
     try:
         yield
     finally:
-        del os.environ[name]
+        del os.environ[_MEMORY_RETRIES]
 
 
 def _check_reachable(address: str) -> None:
@@ -200,8 +200,12 @@ def run_tasks(
             raise error.cause from None
         raise
     except (exceptions.WorkerCrashedError, exceptions.OutOfMemoryError) as error:
+        retries = resources.retries
+        if isinstance(error, exceptions.OutOfMemoryError):
+            retries = int(os.environ.get(_MEMORY_RETRIES, retries))
+        where = ", ".join(filter(None, [name, _describe(job)]))
         raise UserError(
-            f"{name}, {_describe(job)}: the worker died {resources.retries + 1} times ({type(error).__name__}). "
+            f"{where}: the worker died {retries + 1} times ({type(error).__name__}). "
             "If memory ran out, lower content.unit_bytes (in a new output directory), or raise execution.task.num_cpus "
             "or execution.task.memory_bytes so that fewer tasks share a node. Finished work is kept."
         ) from error

@@ -42,9 +42,14 @@ def test_a_task_whose_worker_never_survives(ray_address: str) -> None:
     piece = Piece(0, "a.jsonl", "/texts/a.jsonl", 5, 10, 5)
     with pytest.raises(UserError, match=r"/texts/a\.jsonl \[5, 10\): the worker died 2 times .*content\.unit_bytes"):
         next(run_tasks(_die, [((piece,),)], 1, TaskResources(retries=1)))
+    with pytest.raises(UserError, match=r"^_die: the worker died 1 times"):  # a task that reads no file
+        next(run_tasks(_die, [((),)], 1, TaskResources(retries=0)))
 
 
-def test_memory_that_runs_out_every_time(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("environment", "deaths"), [({}, 2), ({"RAY_task_oom_retries": "0"}, 1)])
+def test_memory_that_runs_out_every_time(
+    make_config: MakeConfig, tmp_path: Path, environment: dict[str, str], deaths: int
+) -> None:
     """Ray's memory monitor ends every worker here; it would let the task start again for ever."""
     config = tmp_path / "config.json"
     (tmp_path / "slow_hook.py").write_text("import time\ndef wait(document_id, text):\n    time.sleep(60)\n")
@@ -57,10 +62,11 @@ def test_memory_that_runs_out_every_time(make_config: MakeConfig, tmp_path: Path
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"},
+        | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+        | environment,
     )
     assert job.returncode == 2, job.stderr
-    assert "the worker died 2 times (OutOfMemoryError)" in job.stderr
+    assert f"the worker died {deaths} times (OutOfMemoryError)" in job.stderr
     assert "content.unit_bytes" in job.stderr
     assert str(tmp_path) in job.stderr or "corpus" in job.stderr  # the file it was at
 
