@@ -31,7 +31,7 @@ def draw(documents: Sequence[Mapping[str, Any]]) -> Any:
         _draw_size(axes, size, rows)
     machine = documents[0]["machine"]
     figure.supxlabel(
-        f"training steps on one {machine['device']}: forward, backward, AdamW, bfloat16, compiled; "
+        f"training steps on one {machine['device']}: forward, backward, AdamW, bfloat16, compiled\n"
         f"torch {machine['torch']}, {machine['date'][:10]}",
         color=FAINT,
         fontsize=9,

@@ -95,7 +95,7 @@ def group_events(events: Iterable[Any], config: ModelConfig, own_kernels: Mappin
 
 
 def own_kernel_groups() -> dict[str, str]:
-    """Return the group, "op" or "head", of each of the project's own Triton kernels; none where there is no Triton."""
+    """Return the group of each of the project's own Triton kernels: "op", "head", "norms"; none without Triton."""
     try:
         import triton  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
@@ -108,8 +108,9 @@ def own_kernel_groups() -> dict[str, str]:
     groups: dict[str, str] = {}
     for module in pkgutil.walk_packages(flash_model.__path__, "flash_model."):
         if module.name.rpartition(".")[2].startswith("triton_"):
-            group = "op" if module.name.startswith("flash_model.ops.") else "head"
+            outside = {"flash_model.triton_cross_entropy": "head", "flash_model.triton_add_norm": "norms"}
             members = vars(importlib.import_module(module.name))
+            group = outside.get(module.name, "op")
             groups |= {name: group for name, member in members.items() if isinstance(member, triton.JITFunction)}
     return groups
 
@@ -124,6 +125,7 @@ def floor_milliseconds(
         "projections": 3 * 2 * tokens * config.n_layers * D * (3 * E + S) * product,
         "head": 3 * 2 * tokens * D * config.vocab_size * product,
         "op": tokens * config.n_layers * (8 * E + 3 * S) * BYTES * copy,
+        "norms": tokens * config.n_layers * 9 * D * BYTES * copy,  # forward 2 read, 2 written; backward 3 and 2
         "optimizer": 7 * BYTES * parameters * copy,  # it, gradient and moments read, all but the gradient written
     }
 
