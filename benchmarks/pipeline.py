@@ -37,6 +37,7 @@ from pipeline.config import Content, PrepareConfig, TrainTokenizer
 from pipeline.errors import UserError, run_command
 
 _SAMPLE_SECONDS = 0.1
+_TASKS = ("ray::survey_files", "ray::encode_unit", "ray::assemble_shard")
 _STAGE_BYTES = 30_000_000  # how much text the shares of one worker's time are taken from
 _DOCUMENTS_A_ROW_GROUP = 16
 _ROWS = (
@@ -140,10 +141,13 @@ def measure_bare(model: Path, files: Sequence[Path], kind: str, workers: int) ->
 
 
 class PeakMemory:
-    """Samples the resident memory of Ray's workers below this process; `bytes` is the largest of any one."""
+    """Samples the unshared memory of Ray's workers below this process while they run tasks.
+
+    `samples`: seconds since the start, and the bytes of the largest worker then.
+    """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.samples: list[tuple[float, int]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -158,15 +162,28 @@ class PeakMemory:
     def _sample(self) -> None:
         import psutil
 
-        own = psutil.Process()
+        own, began = psutil.Process(), time.perf_counter()
         while not self._stop.wait(_SAMPLE_SECONDS):
+            largest = 0
             for child in own.children(recursive=True):
                 try:
-                    if child.cmdline()[:1] and child.cmdline()[0].startswith("ray::"):
-                        memory = child.memory_full_info()
-                        self.bytes = max(self.bytes, memory.uss)
+                    if child.cmdline()[:1] and child.cmdline()[0].startswith(_TASKS):
+                        largest = max(largest, child.memory_full_info().uss)
                 except psutil.Error:
                     continue
+            if largest:
+                self.samples.append((time.perf_counter() - began, largest))
+
+    def by_quarter(self) -> list[int]:
+        """The largest in each quarter of the time in which tasks ran, bytes."""
+        quarters = [0] * 4
+        if not self.samples:
+            return quarters
+        start, end = self.samples[0][0], self.samples[-1][0]
+        for moment, size in self.samples:
+            number = min(3, int(4 * (moment - start) / max(end - start, 1e-9)))
+            quarters[number] = max(quarters[number], size)
+        return quarters
 
 
 def _content(model: Path, files: Sequence[Path]) -> dict[str, Any]:
@@ -213,7 +230,7 @@ def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Pa
         "tokens": sum(split["tokens"] for split in manifest["splits"].values()),
         "stages": manifest["seconds"],
         "cluster_seconds": cluster_seconds,
-        "peak_worker_bytes": memory.bytes,
+        "peak_worker_bytes": memory.by_quarter(),
         "digest": manifest["digest"],
     }
 
@@ -323,6 +340,7 @@ def measure_datatrove(model: Path, files: Sequence[Path], workers: int, folder: 
                 tokenizer_name_or_path=str(folder / "tokenizer.json"),
                 eos_token="</s>",
                 shuffle_documents=True,
+                batch_size=100,  # of its default, 10,000 documents, whole books take 12 GB a process
             ),
         ],
         tasks=workers,
@@ -368,7 +386,10 @@ def report(results: dict[str, Any]) -> str:
         + " · ".join(f"{name} {100 * part / total:.1f} %" for name, part in shares.items()),
     ]
     for size, found in results["memory"].items():
-        lines.append(f"peak memory of a worker (unshared), {size} MB: {found / 2**20:,.0f} MiB")
+        quarters = " · ".join(f"{bytes_ / 2**20:,.0f}" for bytes_ in found)
+        lines.append(
+            f"peak memory of a worker (unshared), {size} MB: {max(found) / 2**20:,.0f} MiB; by quarter {quarters}"
+        )
     return "\n".join(lines)
 
 

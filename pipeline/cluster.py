@@ -1,5 +1,6 @@
 """Ray: a cluster of one's own or an existing one, and tasks of which only so many run at a time."""
 
+import ctypes
 import os
 import shutil
 import socket
@@ -112,7 +113,21 @@ def own_folder(output: Path) -> Path:
 
 def in_sequence(function: Callable[..., R], jobs: Sequence[tuple[Any, ...]]) -> list[R]:
     """A task of several jobs that are done one after the other."""
-    return [function(*job) for job in jobs]
+    results = []
+    for job in jobs:
+        results.append(function(*job))
+        _give_memory_back()
+    return results
+
+
+def _give_memory_back() -> None:
+    """Return what is freed to the system: a worker's heap, in pieces after documents of all sizes, creeps up else."""
+    import pyarrow
+
+    pyarrow.default_memory_pool().release_unused()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim:
+        trim(0)
 
 
 class ClusterLostError(RuntimeError):
