@@ -33,6 +33,13 @@ def _missing_for_netns() -> str | None:
     return None if probe.returncode == 0 else f"no network namespaces: {probe.stderr.strip()}"
 
 
+def _missing_for_slurm() -> str | None:
+    if os.geteuid() != 0:
+        return "not root"
+    commands = [name for name in ("munged", "sbatch", "scontrol", "slurmctld", "slurmd") if not find_command(name)]
+    return f"not installed: {', '.join(commands)}" if commands else None
+
+
 def _missing_for_chromium() -> str | None:
     return None if any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))) else "no Chromium browser"
 
@@ -41,6 +48,7 @@ MISSING: dict[str, Callable[[], str | None]] = {
     "gpu": functools.cache(_missing_for_gpu),
     "netns": functools.cache(_missing_for_netns),
     "chromium": functools.cache(_missing_for_chromium),
+    "slurm": functools.cache(_missing_for_slurm),
 }
 
 
