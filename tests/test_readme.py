@@ -6,6 +6,7 @@ A comment `<!-- test: … -->` above a block changes how it is run:
   only parsed    the machines are missing here: options, configurations and overrides are checked by the parsers
 """
 
+import itertools
 import os
 import re
 import shlex
@@ -245,6 +246,10 @@ def parse(script: str) -> None:
                 command = cli.get_command(None, words[0])
                 assert command is not None, words[0]
                 command.make_context(words[0], words[1:])
+            case "sbatch":
+                script, config, *overrides = itertools.dropwhile(lambda word: word.startswith("--"), words)
+                assert os.access(ROOT / script, os.X_OK), script
+                load_run(config, overrides)
             case "printf":
                 subprocess.run(["bash", "-n", "-c", line], check=True)
             case _:
