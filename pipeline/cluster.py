@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,9 @@ _CONNECT_SECONDS = 10
 _HEAD_CHECK_SECONDS = 2
 _HEAD_SILENT_SECONDS = 15
 _MEMORY_RETRIES = "RAY_task_oom_retries"
+_JOBS_BETWEEN_TRIMS = 16  # a heap creeps slowly, and pages that are given back cost time to get again
+
+_jobs_done = count(1)
 
 
 @contextmanager
@@ -45,7 +48,7 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
         return
     address = execution.ray_address or os.environ.get("RAY_ADDRESS")
     if address not in (None, "local"):
-        _check_reachable(address)
+        check_reachable(address, "execution.ray_address (or RAY_ADDRESS)")
         try:
             with _retries_without_memory(execution.task):
                 ray.init(address=address, log_to_driver=False, logging_level="error")
@@ -91,8 +94,8 @@ def _retries_without_memory(resources: TaskResources) -> Iterator[None]:
         del os.environ[_MEMORY_RETRIES]
 
 
-def _check_reachable(address: str) -> None:
-    """Ray would end the whole process after a long wait."""
+def check_reachable(address: str, key: str) -> None:
+    """Raise `UserError`, naming `key`, if no cluster is at `address`: Ray would end the process after a long wait."""
     host, colon, port = address.rpartition("://")[2].rpartition(":")
     if not (colon and port.isdecimal()):
         return  # "auto", which Ray itself answers for
@@ -100,8 +103,7 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
     except OSError as error:
         raise UserError(
-            f"execution.ray_address (or RAY_ADDRESS): {address}: cannot be reached: {error}. "
-            "Start the cluster, or leave the key null to use this machine alone."
+            f"{key}: {address}: cannot be reached: {error}. Start the cluster, or name none to use this machine alone."
         ) from None
 
 
@@ -116,7 +118,8 @@ def in_sequence(function: Callable[..., R], jobs: Sequence[tuple[Any, ...]]) -> 
     results = []
     for job in jobs:
         results.append(function(*job))
-        _give_memory_back()
+        if next(_jobs_done) % _JOBS_BETWEEN_TRIMS == 0:
+            _give_memory_back()
     return results
 
 

@@ -250,6 +250,11 @@ def parse(script: str) -> None:
                 script, config, *overrides = itertools.dropwhile(lambda word: word.startswith("--"), words)
                 assert os.access(ROOT / script, os.X_OK), script
                 load_run(config, overrides)
+            case "ray":
+                assert words[:2] == ["job", "submit"]
+                python, *command = words[words.index("--") + 1 :]
+                assert [python, *command[:2]] == ["python", "-m", "launch.by_ray"]
+                load_run(command[2], command[3:])
             case "printf":
                 subprocess.run(["bash", "-n", "-c", line], check=True)
             case _:

@@ -1,0 +1,93 @@
+"""The door `python -m launch.by_ray`: a real Ray cluster of two nodes on this machine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20})
+second = cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[dict[str, str]]:
+    """The environment of commands of a cluster of two nodes with one processor each."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=own
+    )
+    assert cluster.stdout is not None
+    try:
+        yield own | {"RAY_ADDRESS": cluster.stdout.readline().strip()}
+    finally:
+        cluster.communicate("\n", timeout=60)
+
+
+def by_ray(environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.by_ray", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_over_two_nodes_stops_goes_on_and_has_the_losses_of_the_launcher(
+    environment: dict[str, str],
+    launch: Callable[..., "subprocess.CompletedProcess[str]"],
+    metric: Callable[[Path, str], dict[int, float]],
+    run_config: Path,
+    tmp_path: Path,
+) -> None:
+    run, steps = tmp_path / "run", 60
+    settings = [str(run_config), f"train.tokens={steps * 512}"]
+    first = by_ray(environment, "--processes-per-node=1", *settings, f"run.dir={run}")
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(metric(run, "train/loss")) < 3:
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 75, output
+    assert "received SIGTERM" in output
+    assert len(metric(run, "train/loss")) < steps
+    second = by_ray(environment, "--processes-per-node=1", *settings, f"run.dir={run}", "--resume")
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, output
+    other = launch("launch/train.py", *settings, f"run.dir={tmp_path / 'other'}")
+    assert other.returncode == 0, other.stderr
+    assert metric(run, "train/loss") == metric(tmp_path / "other", "train/loss")
+
+
+def test_a_cluster_that_is_too_small_and_none_at_all(
+    environment: dict[str, str], run_config: Path, tmp_path: Path
+) -> None:
+    settings = [str(run_config), f"run.dir={tmp_path / 'run'}"]
+    for options, named, address in (
+        (["--nodes=3", "--processes-per-node=1"], "the cluster's nodes have 1, 1", environment["RAY_ADDRESS"]),
+        ([], "--processes-per-node: the cluster has no GPUs", environment["RAY_ADDRESS"]),
+        (["--processes-per-node=1"], "RAY_ADDRESS: 127.0.0.1:9: cannot be reached", "127.0.0.1:9"),
+    ):
+        done = by_ray(environment | {"RAY_ADDRESS": address}, *options, *settings)
+        output, _ = done.communicate(timeout=120)
+        assert done.returncode == 2, output
+        assert named in output
+    assert not (tmp_path / "run").exists()
