@@ -221,27 +221,26 @@ def train(config: RunConfig, processes: Processes) -> int:
 
 def _choose_start(config: RunConfig, directory: RunDirectory, training: Mixture, processes: Processes) -> Path | None:
     """The checkpoint to continue from, agreed by all processes; None to start anew."""
+    processes.once(lambda: directory.check(config.run.resume))
+    if not processes.once(lambda: directory.exists):
+        return None
+    checkpoint, passed_over = newest_usable(directory.checkpoints, processes)
 
-    def choose() -> Path | None:
-        directory.check(config.run.resume)
-        if not directory.exists:
-            return None
-        checkpoint, passed_over = newest_usable(directory.checkpoints)
+    def check() -> None:
         for reason in passed_over:
             say(reason)
-        if checkpoint is None:
-            if config.run.resume == "must" or passed_over:
-                raise UserError(
-                    f"run.dir: nothing to resume from: {directory.checkpoints} holds no usable checkpoint; "
-                    "delete the directory to start anew"
-                )
-            return None
-        manifest = read_manifest(checkpoint)
-        check_compatible(checkpoint, manifest, config, processes.world_size)
-        open_stream(config, training, DataState.from_dict(manifest["data"]))  # refuses other data
-        return checkpoint
+        if checkpoint is not None:
+            manifest = read_manifest(checkpoint)
+            check_compatible(checkpoint, manifest, config)
+            open_stream(config, training, DataState.from_dict(manifest["data"]))  # refuses other data
+        elif config.run.resume == "must" or passed_over:
+            raise UserError(
+                f"run.dir: nothing to resume from: {directory.checkpoints} holds no usable checkpoint; "
+                "delete the directory to start anew"
+            )
 
-    return processes.once(choose)
+    processes.once(check)
+    return checkpoint
 
 
 def _passed(every: int | None, before: int, now: int) -> bool:

@@ -170,7 +170,7 @@ def prod(numbers: list[int]) -> int:
     return result
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
     newest = copied / "run/checkpoints/step-00000004"
     (victim,) = (newest / "deepspeed").glob("*optim_states.pt")
@@ -184,10 +184,13 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
         victim.unlink()
     else:
         victim = newest / "manifest.json"
+        text = victim.read_text()
         victim.unlink()
+        if damage == "manifest":
+            victim.write_text(text.replace('"tokens": 2048', '"tokens": 2049'))
     done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
     assert done.returncode == 0, done.stderr
-    assert "step-00000004 passed over" in done.stdout
+    assert done.stdout.count("step-00000004 passed over") == done.stdout.count("passed over") == 1
     assert victim.name in done.stdout
     assert "continuing from step-00000002" in done.stdout
     assert json.loads((copied / "run/DONE").read_text())["step"] == 5
