@@ -13,8 +13,8 @@ import json
 import os
 import platform
 import random
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from flash_model.export import save_model
 from launch.config import RunConfig
 from launch.conversion import Records, load_records, parameter_layout
 from launch.engine import Processes
+from launch.retention import Saved, kept, remove, remove_leftovers
 from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
 from pipeline.batches import DataState
 from pipeline.errors import UserError
@@ -52,13 +53,17 @@ def save_checkpoint(
     *,
     tokenizer: Path,
     mlflow_run_id: str | None,
+    scores: Mapping[str, float] | None = None,
+    protected: Collection[Path] = (),
 ) -> Path:
-    """Write a checkpoint of the run into `directory` and return its path. Called by all processes."""
+    """Write a checkpoint of the run into `directory` and return its path. Called by all processes.
+
+    scores: validation results of this very step. protected: checkpoints that are not deleted, whatever the rules say.
+    """
     name = f"step-{progress.step:08d}"
     final, aside = directory / name, directory / f".writing-{name}"
     if processes.rank == 0:
-        for left in directory.glob(".writing-*"):
-            shutil.rmtree(left)
+        remove_leftovers(directory)
         (aside / "rng").mkdir(parents=True)
     processes.barrier()
     engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=True)
@@ -81,6 +86,7 @@ def save_checkpoint(
             "tokens": progress.tokens,
             "attempt": progress.attempt,
             "data": progress.data.to_dict(),
+            "scores": dict(scores or {}),
             "world_size": processes.world_size,
             "zero_stage": config.train.zero_stage,
             "precision": config.train.precision,
@@ -92,13 +98,14 @@ def save_checkpoint(
         }
         write_json(aside / "manifest.json", manifest | {"sha256": _digest(manifest)})
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         os.replace(aside, final)
         sync_directory(directory)
         with write_aside(directory / "latest") as file:
             file.write(f"{name}\n".encode())
-        for old in list_checkpoints(directory)[config.checkpoint.keep :]:
-            shutil.rmtree(old)
+        saved = _saved_checkpoints(directory)
+        for old in {checkpoint.path for checkpoint in saved} - kept(saved, config.checkpoint) - {*protected, final}:
+            remove(old)
     processes.barrier()
     return final
 
@@ -106,6 +113,16 @@ def save_checkpoint(
 def list_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints in `directory`, newest first. Those being written do not count."""
     return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _saved_checkpoints(directory: Path) -> list[Saved]:
+    """Those whose manifests can be read: one that cannot does not count as kept, and is left to be looked at."""
+    found = []
+    for path in list_checkpoints(directory):
+        with suppress(UserError):
+            manifest = read_manifest(path)
+            found.append(Saved(path, manifest["step"], manifest["scores"]))
+    return found
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

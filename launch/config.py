@@ -185,7 +185,16 @@ class CheckpointSection(StrictModel):
         default=None, description="tokens between checkpoints; default: at the end only"
     )
     keep: PositiveInt = Field(
-        default=2, description="newest checkpoints kept; older ones are deleted after a new one counts"
+        default=2,
+        description="newest checkpoints kept; older ones are deleted after a new one counts, never the one that the "
+        "run was resumed from",
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="of every so many steps the first checkpoint is kept for good; default: none"
+    )
+    keep_best: str | None = Field(
+        default=None,
+        description="a set of data.validation: the checkpoint with the lowest loss on it is kept; default: none",
     )
     export_model: bool = Field(
         default=True,
@@ -249,9 +258,24 @@ class RunConfig(StrictModel):
                 f"model.norm_length: {self.model.norm_length} is shorter than data.seq_len {data.seq_len}; raise it"
             )
         problems += data.problems(causal=self.model.causal)
+        problems += self._retention_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _retention_problems(self) -> list[str]:
+        best, saving, scoring = self.checkpoint.keep_best, self.checkpoint.every_tokens, self.evaluate.every_tokens
+        if best is None:
+            return []
+        if best not in self.data.validation:
+            named = ", ".join(self.data.validation) or "none is given"
+            return [f"checkpoint.keep_best: {best!r} is no set of data.validation ({named})"]
+        if saving is not None and (scoring is None or saving % scoring):
+            return [
+                f"checkpoint.keep_best: checkpoints would have no score of their step; make checkpoint.every_tokens "
+                f"({saving:,}) a multiple of evaluate.every_tokens ({scoring or 'not set'})"
+            ]
+        return []
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> RunConfig:

@@ -106,7 +106,7 @@ def train(config: RunConfig, processes: Processes) -> int:
         say(f"continuing from {resume_from.name}: {progress.tokens:,} tokens seen")
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
-    def save() -> None:
+    def save(scores: dict[str, float] | None = None) -> None:
         path = save_checkpoint(
             directory.checkpoints,
             engine,
@@ -115,12 +115,15 @@ def train(config: RunConfig, processes: Processes) -> int:
             progress,
             tokenizer=training.components[0].dataset.tokenizer_path,
             mlflow_run_id=tracker.run_id if tracker else None,
+            scores=scores,
+            protected=[resume_from] if resume_from else [],
         )
         say(f"saved {path}")
         if tracker:
             tracker.checkpoint(progress.step, path)
 
-    def score() -> None:
+    def score() -> dict[str, float]:
+        found: dict[str, float] = {}
         micro_batch = config.evaluate.micro_batch or config.train.micro_batch
         for name, dataset in validation.items():
             started = time.monotonic()
@@ -133,10 +136,12 @@ def train(config: RunConfig, processes: Processes) -> int:
                 masked_lm=config.data.masked_lm,
             )
             metrics = {f"{name}/{key}": value for key, value in scores.items()}
+            found |= metrics
             listed = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             say(f"{name}: {listed}  ({dataset.n_tokens:,} tokens in {time.monotonic() - started:.0f} s)")
             if tracker:
                 tracker.log(progress.step, metrics | {"train/tokens": progress.tokens})
+        return found
 
     status, saved_step = FINISHED, progress.step if resume_from is not None else None
     outcome = "FAILED"
@@ -184,7 +189,7 @@ def train(config: RunConfig, processes: Processes) -> int:
             )
             pace.end_step()
 
-            last = progress.step == config.steps
+            last, scores = progress.step == config.steps, None
             if tracker:
                 metrics = {
                     "train/loss": loss,
@@ -198,10 +203,10 @@ def train(config: RunConfig, processes: Processes) -> int:
                 if logged or progress.step == 1:
                     say(progress_line(config, progress, metrics, pace))
             if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
-                score()
+                scores = score()
                 pace.pause()
             if last or _passed(config.checkpoint.every_tokens, tokens_before, progress.tokens):
-                save()
+                save(scores)
                 saved_step = progress.step
                 pace.pause()
         if status == STOPPED and saved_step != progress.step:

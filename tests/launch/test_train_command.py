@@ -196,6 +196,26 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
     assert json.loads((copied / "run/DONE").read_text())["step"] == 5
 
 
+def test_a_run_keeps_what_its_rules_say_and_what_it_was_resumed_from(copied: Path, prepared_data: Path) -> None:
+    checkpoints = copied / "run/checkpoints"
+    for left in (".deleting-step-00000001", ".writing-step-00000003"):
+        shutil.copytree(checkpoints / "step-00000002", checkpoints / left)
+    rules = ["keep=1", "keep_every_steps=5", "keep_best=valid", "every_tokens=512"]
+    validation = f"data.validation.valid={{path: {prepared_data}, split: valid}}"
+    settings = [*(f"checkpoint.{rule}" for rule in rules), "evaluate.every_tokens=512", validation, "train.tokens=4608"]
+    done = train(copied / "run.yaml", "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (copied / "run/metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["metrics"]["valid/loss"] for r in records if "valid/loss" in r.get("metrics", {})}
+    assert list(losses) == [5, 6, 7, 8, 9]
+    expected = {4, 5, 9, min(losses, key=lambda step: losses[step])}
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        *(f"step-{step:08d}" for step in sorted(expected)),
+    ]
+    assert (checkpoints / "latest").read_text() == "step-00000009\n"
+
+
 def test_without_a_usable_checkpoint_nothing_is_started(copied: Path) -> None:
     for checkpoint in (copied / "run/checkpoints").glob("step-*"):
         (checkpoint / "manifest.json").unlink()
