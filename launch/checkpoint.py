@@ -13,7 +13,7 @@ import json
 import os
 import platform
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,12 +53,14 @@ def save_checkpoint(
     *,
     tokenizer: Path,
     mlflow_run_id: str | None,
+    run_uid: str | None = None,
     scores: Mapping[str, float] | None = None,
-    protected: Collection[Path] = (),
+    protected: Callable[[], Collection[Path]] = tuple,
 ) -> Path:
     """Write a checkpoint of the run into `directory` and return its path. Called by all processes.
 
-    scores: validation results of this very step. protected: checkpoints that are not deleted, whatever the rules say.
+    scores: validation results of this very step. protected: asked in the first process for checkpoints that
+    are not to be deleted, whatever the rules say.
     """
     name = f"step-{progress.step:08d}"
     final, aside = directory / name, directory / f".writing-{name}"
@@ -90,6 +92,7 @@ def save_checkpoint(
             "world_size": processes.world_size,
             "zero_stage": config.train.zero_stage,
             "precision": config.train.precision,
+            "run_uid": run_uid,
             "mlflow_run_id": mlflow_run_id,
             "config": config.model_dump(mode="json"),
             "versions": _versions(),
@@ -104,7 +107,7 @@ def save_checkpoint(
         with write_aside(directory / "latest") as file:
             file.write(f"{name}\n".encode())
         saved = _saved_checkpoints(directory)
-        for old in {checkpoint.path for checkpoint in saved} - kept(saved, config.checkpoint) - {*protected, final}:
+        for old in {checkpoint.path for checkpoint in saved} - kept(saved, config.checkpoint) - {*protected(), final}:
             remove(old)
     processes.barrier()
     return final

@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
 from pipeline.errors import UserError
+from pipeline.locations import locate
 from pipeline.masking import MaskedLM
 from pipeline.strict_yaml import StrictModel, load_config
 
@@ -196,6 +197,11 @@ class CheckpointSection(StrictModel):
         default=None,
         description="a set of data.validation: the checkpoint with the lowest loss on it is kept; default: none",
     )
+    copy_to: str | None = Field(
+        default=None,
+        description="directory or fsspec URL (s3://…) of this run's own, to which checkpoints are copied in the "
+        "background; nothing is deleted there; default: none",
+    )
     export_model: bool = Field(
         default=True,
         description="also write model/ (float32 safetensors, config, tokenizer), which generate and others read",
@@ -288,7 +294,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: 
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    data = config.data
+    data, copy_to = config.data, config.checkpoint.copy_to
     paths: dict[str, Any] = {"validation": {name: _absolute(ref) for name, ref in data.validation.items()}}
     if data.mixture is None:
         paths["path"] = data.components[0].path.absolute()
@@ -298,6 +304,7 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         update={
             "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
             "data": data.model_copy(update=paths),
+            "checkpoint": config.checkpoint.model_copy(update={"copy_to": copy_to and locate(copy_to)}),
         }
     )
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flash_model.config import flops_per_token
+from launch.backup import Backup, check_place
 from launch.checkpoint import (
     Progress,
     check_compatible,
@@ -89,12 +90,15 @@ def train(config: RunConfig, processes: Processes) -> int:
     directory = RunDirectory(config.run.dir)
     training, validation = open_datasets(config)
     accumulation = accumulation_steps(config, processes.world_size)
+    processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
     resume_from = _choose_start(config, directory, training, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
     stop = StopRequest(config.run.dir)
     tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
+    uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
+    backup = Backup(directory.checkpoints, copy_to, uid) if copy_to and processes.rank == 0 else None
 
     engine = build_engine(config, processes)
     stream = open_stream(config, training)
@@ -115,10 +119,13 @@ def train(config: RunConfig, processes: Processes) -> int:
             progress,
             tokenizer=training.components[0].dataset.tokenizer_path,
             mlflow_run_id=tracker.run_id if tracker else None,
+            run_uid=uid,
             scores=scores,
-            protected=[resume_from] if resume_from else [],
+            protected=lambda: {path for path in (resume_from, backup and backup.busy_with) if path},
         )
         say(f"saved {path}")
+        if backup:
+            backup.notice()
         if tracker:
             tracker.checkpoint(progress.step, path)
 
@@ -220,6 +227,8 @@ def train(config: RunConfig, processes: Processes) -> int:
         if tracker and (message := tracker.close(outcome)):
             say(message)
     processes.barrier()
+    if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: stop.reason is not None)):
+        say(message)
     directory.close()
     return status
 

@@ -1,7 +1,5 @@
 """Damage to a checkpoint's files is found, whichever file and byte it is."""
 
-import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.checkpoint import _digest, damage, newest_usable
+from launch.checkpoint import damage, newest_usable
 from launch.engine import Processes
-from pipeline.atomic import hash_file
 
 
 class Alone(Processes):
@@ -28,23 +25,11 @@ class Alone(Processes):
         return [value]
 
 
-def write_checkpoint(directory: Path, step: int) -> Path:
-    checkpoint = directory / f"step-{step:08d}"
-    (checkpoint / "deepspeed").mkdir(parents=True)
-    names = ["deepspeed/one.pt", "deepspeed/two.pt", "latest"]
-    files = {}
-    for number, name in enumerate(names):
-        (checkpoint / name).write_bytes(random.Random(step + number).randbytes(300 + number))
-        files[name] = {"size": 300 + number, "sha256": hash_file(checkpoint / name)}
-    manifest = {"format_version": 2, "step": step, "tokens": 512 * step, "files": files}
-    (checkpoint / "manifest.json").write_text(
-        json.dumps(manifest | {"sha256": _digest(manifest)}, separators=(",", ":"))
-    )
-    return checkpoint
+WriteCheckpoint = Callable[[Path, int], Path]
 
 
 @pytest.mark.parametrize("name", ["deepspeed/one.pt", "latest", "manifest.json"])
-def test_every_damage_is_found(tmp_path: Path, name: str) -> None:
+def test_every_damage_is_found(write_checkpoint: WriteCheckpoint, tmp_path: Path, name: str) -> None:
     checkpoint = write_checkpoint(tmp_path, 4)
     assert damage(checkpoint, Alone()) is None
     path = checkpoint / name
@@ -63,7 +48,7 @@ def test_every_damage_is_found(tmp_path: Path, name: str) -> None:
     assert name in (damage(checkpoint, Alone()) or "")
 
 
-def test_the_newest_whole_one_is_used(tmp_path: Path) -> None:
+def test_the_newest_whole_one_is_used(write_checkpoint: WriteCheckpoint, tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, step)
     (tmp_path / "step-00000004/deepspeed/two.pt").unlink()

@@ -35,6 +35,7 @@ def config(write_config: WriteConfig, prepared_data: Path, tmp_path: Path) -> Pa
         (["model.vocab_size=100"], ["model.vocab_size: 100", "384"]),
         (["--resume"], ["nothing to resume from", "--resume"]),
         (["deepspeed.zero_optimisation.stage=1"], ["deepspeed.zero_optimisation", "did you mean zero_optimization"]),
+        (["checkpoint.copy_to=nosuch://there"], ["checkpoint.copy_to: nosuch://there", "nosuch"]),
         (["=3"], ["=3"]),
     ],
 )
@@ -214,6 +215,26 @@ def test_a_run_keeps_what_its_rules_say_and_what_it_was_resumed_from(copied: Pat
         *(f"step-{step:08d}" for step in sorted(expected)),
     ]
     assert (checkpoints / "latest").read_text() == "step-00000009\n"
+
+
+def test_copies_are_made_and_a_failing_place_does_not_end_the_run(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = ["train.tokens=3072", "checkpoint.every_tokens=512", f"checkpoint.copy_to={tmp_path}/file/below"]
+    done = train(copied / "run.yaml", "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "warning: step-00000005 was not copied" in done.stdout
+    (last,) = [line for line in done.stdout.splitlines() if "not copied to" in line and "next start" in line]
+    assert last.startswith(f"warning: not copied to {tmp_path}/file/below: step-00000004, step-00000005, step-00000006")
+    place = tmp_path / "place"
+    settings = ["train.tokens=3584", f"checkpoint.copy_to={place}"]
+    done = train(copied / "run.yaml", "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "not copied" not in done.stdout
+    checkpoints = copied / "run/checkpoints"
+    assert {"step-00000007", "step-00000006"} <= {path.name for path in place.iterdir()}
+    for checkpoint in checkpoints.glob("step-*"):
+        for path in [path for path in checkpoint.rglob("*") if path.is_file()]:
+            assert (place / path.relative_to(checkpoints)).read_bytes() == path.read_bytes()
 
 
 def test_without_a_usable_checkpoint_nothing_is_started(copied: Path) -> None:
