@@ -89,6 +89,7 @@ def save_checkpoint(
             "attempt": progress.attempt,
             "data": progress.data.to_dict(),
             "scores": dict(scores or {}),
+            "tokenizer_sha256": hash_file(tokenizer),
             "world_size": processes.world_size,
             "zero_stage": config.train.zero_stage,
             "precision": config.train.precision,

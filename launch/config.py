@@ -26,6 +26,11 @@ class RunSection(StrictModel):
         description="never: an existing run is refused; auto: continue it if there is one (for supervisors); "
         "must: continue it, an error if there is none. `--resume` on the command line means must",
     )
+    init_from: Path | None = Field(
+        default=None,
+        description="checkpoint, or run directory (its newest), whose weights a new run starts from, with a fresh "
+        "optimizer, schedule and data order; a run that is resumed does not read it; default: none",
+    )
 
 
 class DatasetRef(StrictModel):
@@ -302,7 +307,12 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         paths["mixture"] = tuple(map(_absolute, data.mixture))
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
+            "run": config.run.model_copy(
+                update={
+                    "dir": config.run.dir.absolute(),
+                    "init_from": config.run.init_from and config.run.init_from.absolute(),
+                }
+            ),
             "data": data.model_copy(update=paths),
             "checkpoint": config.checkpoint.model_copy(update={"copy_to": copy_to and locate(copy_to)}),
         }

@@ -23,6 +23,7 @@ from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import evaluate, to_device
+from launch.initial_weights import find_origin, load_weights
 from launch.progress import Pace, progress_line, say
 from launch.run_directory import RunDirectory
 from launch.schedule import learning_rate
@@ -92,6 +93,8 @@ def train(config: RunConfig, processes: Processes) -> int:
     accumulation = accumulation_steps(config, processes.world_size)
     processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
     resume_from = _choose_start(config, directory, training, processes)
+    tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
+    origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
@@ -108,6 +111,8 @@ def train(config: RunConfig, processes: Processes) -> int:
         progress = replace(saved, attempt=attempt)
         stream = open_stream(config, training, progress.data)
         say(f"continuing from {resume_from.name}: {progress.tokens:,} tokens seen")
+    elif origin is not None:
+        load_weights(origin, engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
     def save(scores: dict[str, float] | None = None) -> None:
