@@ -37,7 +37,7 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
 
 
 def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attempt: int = 0) -> Path:
-    checkpoint = directory / f"step-{step:08d}"
+    final, checkpoint = directory / f"step-{step:08d}", directory / f".writing-{step}"
     (checkpoint / "deepspeed").mkdir(parents=True)
     names = ["deepspeed/one.pt", "deepspeed/two.pt", "latest"]
     files = {}
@@ -48,7 +48,8 @@ def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attemp
     (checkpoint / "manifest.json").write_text(
         json.dumps(manifest | {"sha256": _digest(manifest)}, separators=(",", ":"))
     )
-    return checkpoint
+    # Appears whole, as a real one does: a copy may be looking for it.
+    return checkpoint.rename(final)
 
 
 @pytest.fixture
