@@ -1,19 +1,20 @@
 """Checkpoints: directories that appear by rename once every file of theirs is on disk, hashed and listed.
 
 checkpoints/step-00000100/
-  manifest.json     written last: hashes, step, data state, layout of parameters and optimizer partitions
+  manifest.json     written last: hashes (its own too), step, data state, layout of parameters and optimizer partitions
   deepspeed/        DeepSpeed's own files
   rng/rank-0.pt     random number generators, one file a process
   model/            float32 export that flash_model.export reads (checkpoint.export_model)
 checkpoints/latest  name of the newest
 """
 
+import hashlib
 import json
 import os
 import platform
 import random
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ import torch
 
 from flash_model.export import save_model
 from launch.config import RunConfig
+from launch.conversion import Records, load_records, parameter_layout
 from launch.engine import Processes
+from launch.retention import Saved, kept, remove, remove_leftovers
 from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
 from pipeline.batches import DataState
 from pipeline.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,19 @@ def save_checkpoint(
     *,
     tokenizer: Path,
     mlflow_run_id: str | None,
+    run_uid: str | None = None,
+    scores: Mapping[str, float] | None = None,
+    protected: Callable[[], Collection[Path]] = tuple,
 ) -> Path:
-    """Write a checkpoint of the run into `directory` and return its path. Called by all processes."""
+    """Write a checkpoint of the run into `directory` and return its path. Called by all processes.
+
+    scores: validation results of this very step. protected: asked in the first process for checkpoints that
+    are not to be deleted, whatever the rules say.
+    """
     name = f"step-{progress.step:08d}"
     final, aside = directory / name, directory / f".writing-{name}"
     if processes.rank == 0:
-        for left in directory.glob(".writing-*"):
-            shutil.rmtree(left)
+        remove_leftovers(directory)
         (aside / "rng").mkdir(parents=True)
     processes.barrier()
     engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=True)
@@ -79,24 +88,28 @@ def save_checkpoint(
             "tokens": progress.tokens,
             "attempt": progress.attempt,
             "data": progress.data.to_dict(),
+            "scores": dict(scores or {}),
+            "tokenizer_sha256": hash_file(tokenizer),
             "world_size": processes.world_size,
             "zero_stage": config.train.zero_stage,
             "precision": config.train.precision,
+            "run_uid": run_uid,
             "mlflow_run_id": mlflow_run_id,
             "config": config.model_dump(mode="json"),
             "versions": _versions(),
             "layout": layout,
             "files": files,
         }
-        write_json(aside / "manifest.json", manifest)
+        write_json(aside / "manifest.json", manifest | {"sha256": _digest(manifest)})
         if final.exists():
-            shutil.rmtree(final)
+            remove(final)
         os.replace(aside, final)
         sync_directory(directory)
         with write_aside(directory / "latest") as file:
             file.write(f"{name}\n".encode())
-        for old in list_checkpoints(directory)[config.checkpoint.keep :]:
-            shutil.rmtree(old)
+        saved = _saved_checkpoints(directory)
+        for old in {checkpoint.path for checkpoint in saved} - kept(saved, config.checkpoint) - {*protected(), final}:
+            remove(old)
     processes.barrier()
     return final
 
@@ -106,49 +119,84 @@ def list_checkpoints(directory: Path) -> list[Path]:
     return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
 
 
+def _saved_checkpoints(directory: Path) -> list[Saved]:
+    """Those whose manifests can be read: one that cannot does not count as kept, and is left to be looked at."""
+    found = []
+    for path in list_checkpoints(directory):
+        with suppress(UserError):
+            manifest = read_manifest(path)
+            found.append(Saved(path, manifest["step"], manifest["scores"]))
+    return found
+
+
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises `UserError` if it is missing or unreadable."""
+    """The manifest of a checkpoint. Raises `UserError` if it is missing or damaged."""
     try:
         manifest: dict[str, Any] = json.loads((checkpoint / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{checkpoint}: manifest.json is missing or damaged ({error}); use another checkpoint"
-        ) from error
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{checkpoint}: unknown checkpoint format {manifest.get('format_version')}")
+        intact = manifest.pop("sha256", None) == _digest(manifest) or "its SHA-256 is another"
+        version = manifest.get("format_version")
+    except (OSError, ValueError, AttributeError) as error:
+        intact, version = str(error), None
+    if version not in (None, FORMAT_VERSION):
+        raise UserError(f"{checkpoint}: checkpoint format {version} is not this version's, {FORMAT_VERSION}")
+    if intact is not True:
+        raise UserError(f"{checkpoint}: manifest.json is missing or damaged ({intact}); use another checkpoint")
     return manifest
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None: every file is read and its SHA-256 compared."""
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def damage(checkpoint: Path, processes: Processes) -> str | None:
+    """What is wrong with the files of a checkpoint, or None. Called by all processes.
+
+    Every file is read by one of them and its SHA-256 compared.
+    """
+
+    def listed() -> dict[str, Any] | str:
+        try:
+            files: dict[str, Any] = read_manifest(checkpoint)["files"]
+            return files
+        except UserError as error:
+            return str(error)
+
+    files = processes.once(listed)
+    if isinstance(files, str):
+        return files
+    mine = list(files.items())[processes.rank :: processes.world_size]
+    found = next((reason for name, entry in mine if (reason := _file_damage(checkpoint / name, entry))), None)
+    return next(filter(None, processes.gather(found)), None)
+
+
+def _file_damage(path: Path, expected: dict[str, Any]) -> str | None:
     try:
-        manifest = read_manifest(checkpoint)
-    except UserError as error:
-        return str(error)
-    for name, expected in manifest["files"].items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{path} has {path.stat().st_size:,} bytes instead of {expected['size']:,}"
-        if hash_file(path) != expected["sha256"]:
-            return f"{path} has other content than when it was saved"
-    return None
+        size = path.stat().st_size
+        if size != expected["size"]:
+            return f"{path} has {size:,} bytes instead of {expected['size']:,}"
+        return None if hash_file(path) == expected["sha256"] else f"{path} has other content than when it was saved"
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
 
 
-def newest_usable(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint and the reasons why newer ones were passed over."""
+def newest_usable(directory: Path, processes: Processes) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint and the reasons why newer ones were passed over. Called by all processes."""
     reasons: list[str] = []
-    for checkpoint in list_checkpoints(directory):
-        found = damage(checkpoint)
+    for checkpoint in processes.once(lambda: list_checkpoints(directory)):
+        found = damage(checkpoint, processes)
         if found is None:
             return checkpoint, reasons
         reasons.append(f"{checkpoint.name} passed over: {found}")
     return None, reasons
 
 
-def check_compatible(checkpoint: Path, manifest: dict[str, Any], config: RunConfig, world_size: int) -> None:
-    """Raise `UserError` that names all that differs, if the run of `config` cannot continue from `checkpoint`."""
+def check_compatible(checkpoint: Path, manifest: dict[str, Any], config: RunConfig) -> None:
+    """Raise `UserError` that names all that differs, if the run of `config` cannot continue from `checkpoint`.
+
+    Number of processes, micro batch and ZeRO stage may differ.
+    """
     now, then = config.model_dump(mode="json"), manifest["config"]
     fixed = [("model", key) for key in now["model"]]
     fixed += [("run", "seed"), ("data", "split"), ("data", "seq_len"), ("data", "masked_lm")]
@@ -158,10 +206,6 @@ def check_compatible(checkpoint: Path, manifest: dict[str, Any], config: RunConf
         for section, key in fixed
         if then[section].get(key) != now[section][key]
     ]
-    if manifest["zero_stage"] != config.train.zero_stage:
-        problems.append(f"train.zero_stage: {manifest['zero_stage']} in the checkpoint, {config.train.zero_stage} now")
-    if manifest["world_size"] != world_size:
-        problems.append(f"processes: {manifest['world_size']} wrote the checkpoint, {world_size} would read it")
     if problems:
         raise UserError(
             f"{checkpoint} is of another model or run and cannot be continued; "
@@ -170,56 +214,28 @@ def check_compatible(checkpoint: Path, manifest: dict[str, Any], config: RunConf
 
 
 def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], engine: Any, processes: Processes) -> Progress:
-    """Put weights, optimizer and random number generators back as they were saved. Called by all processes."""
-    loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
-    states = torch.load(checkpoint / "rng" / f"rank-{processes.rank}.pt", weights_only=False)
-    _restore_random_states(states)
+    """Put weights and optimizer back as they were saved. Called by all processes.
+
+    Where parameters lie as they lay, DeepSpeed loads its own files and random number generators go on too: what follows
+    is bit for bit what would have followed. Elsewhere every process takes its parts of the records (conversion.py).
+    """
+    world_size = processes.world_size
+    if (manifest["world_size"], manifest["layout"]) == (world_size, parameter_layout(engine)):
+        loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
+        states = torch.load(checkpoint / "rng" / f"rank-{processes.rank}.pt", weights_only=False)
+        _restore_random_states(states)
+    else:
+        load_records(Records(checkpoint, manifest), engine, processes.rank, world_size, moments=True)
+        engine.global_steps = manifest["step"]
+        engine.global_samples = manifest["step"] * engine.train_batch_size()
     return Progress(
         step=manifest["step"],
         tokens=manifest["tokens"],
         data=DataState.from_dict(manifest["data"]),
         attempt=manifest["attempt"],
     )
-
-
-def parameter_layout(engine: Any) -> dict[str, Any]:
-    """How parameters lie in the optimizer's flat partitions: enough to cut and join them for another world size.
-
-    Groups list parameters in their flat order. With stages 1 and 2 a group is one flat vector, padded and cut evenly
-    over processes; with stage 3 each parameter is padded and cut by itself; with stage 0 nothing is cut.
-    """
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        names = {id(p): name for name, p in engine.module.named_parameters()}
-        groups = [
-            [{"name": names[id(p)], "shape": list(p.shape)} for p in group["params"]]
-            for group in engine.optimizer.param_groups
-        ]
-        return {"stage": 0, "groups": [{"parameters": parameters} for parameters in groups]}
-    groups = [
-        [{"name": name, "shape": list(shape)} for name, shape in shapes.items()]
-        for shapes in engine._get_zero_param_shapes()
-    ]
-    if stage == 3:
-        partition = {name: int(p.ds_tensor.ds_numel) for name, p in engine.module.named_parameters()}
-        for group in groups:
-            for parameter in group:
-                parameter["partition_numel"] = partition[parameter["name"]]
-        return {"stage": 3, "groups": [{"parameters": parameters} for parameters in groups]}
-    flat = (
-        engine.optimizer.single_partition_of_fp32_groups
-        if hasattr(engine.optimizer, "single_partition_of_fp32_groups")
-        else engine.optimizer.fp32_groups_flat_partition
-    )
-    return {
-        "stage": stage,
-        "groups": [
-            {"parameters": parameters, "partition_numel": int(partition.numel())}
-            for parameters, partition in zip(groups, flat, strict=True)
-        ],
-    }
 
 
 def _full_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:

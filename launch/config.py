@@ -10,6 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
 from pipeline.errors import UserError
+from pipeline.locations import locate
 from pipeline.masking import MaskedLM
 from pipeline.strict_yaml import StrictModel, load_config
 
@@ -24,6 +25,11 @@ class RunSection(StrictModel):
         default="never",
         description="never: an existing run is refused; auto: continue it if there is one (for supervisors); "
         "must: continue it, an error if there is none. `--resume` on the command line means must",
+    )
+    init_from: Path | None = Field(
+        default=None,
+        description="checkpoint, or run directory (its newest), whose weights a new run starts from, with a fresh "
+        "optimizer, schedule and data order; a run that is resumed does not read it; default: none",
     )
 
 
@@ -185,7 +191,21 @@ class CheckpointSection(StrictModel):
         default=None, description="tokens between checkpoints; default: at the end only"
     )
     keep: PositiveInt = Field(
-        default=2, description="newest checkpoints kept; older ones are deleted after a new one counts"
+        default=2,
+        description="newest checkpoints kept; older ones are deleted after a new one counts, never the one that the "
+        "run was resumed from",
+    )
+    keep_every_steps: PositiveInt | None = Field(
+        default=None, description="of every so many steps the first checkpoint is kept for good; default: none"
+    )
+    keep_best: str | None = Field(
+        default=None,
+        description="a set of data.validation: the checkpoint with the lowest loss on it is kept; default: none",
+    )
+    copy_to: str | None = Field(
+        default=None,
+        description="directory or fsspec URL (s3://…) of this run's own, to which checkpoints are copied in the "
+        "background; nothing is deleted there; default: none",
     )
     export_model: bool = Field(
         default=True,
@@ -249,9 +269,24 @@ class RunConfig(StrictModel):
                 f"model.norm_length: {self.model.norm_length} is shorter than data.seq_len {data.seq_len}; raise it"
             )
         problems += data.problems(causal=self.model.causal)
+        problems += self._retention_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _retention_problems(self) -> list[str]:
+        best, saving, scoring = self.checkpoint.keep_best, self.checkpoint.every_tokens, self.evaluate.every_tokens
+        if best is None:
+            return []
+        if best not in self.data.validation:
+            named = ", ".join(self.data.validation) or "none is given"
+            return [f"checkpoint.keep_best: {best!r} is no set of data.validation ({named})"]
+        if saving is not None and (scoring is None or saving % scoring):
+            return [
+                f"checkpoint.keep_best: checkpoints would have no score of their step; make checkpoint.every_tokens "
+                f"({saving:,}) a multiple of evaluate.every_tokens ({scoring or 'not set'})"
+            ]
+        return []
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> RunConfig:
@@ -264,7 +299,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: 
 
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    data = config.data
+    data, copy_to = config.data, config.checkpoint.copy_to
     paths: dict[str, Any] = {"validation": {name: _absolute(ref) for name, ref in data.validation.items()}}
     if data.mixture is None:
         paths["path"] = data.components[0].path.absolute()
@@ -272,8 +307,14 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         paths["mixture"] = tuple(map(_absolute, data.mixture))
     return config.model_copy(
         update={
-            "run": config.run.model_copy(update={"dir": config.run.dir.absolute()}),
+            "run": config.run.model_copy(
+                update={
+                    "dir": config.run.dir.absolute(),
+                    "init_from": config.run.init_from and config.run.init_from.absolute(),
+                }
+            ),
             "data": data.model_copy(update=paths),
+            "checkpoint": config.checkpoint.model_copy(update={"copy_to": copy_to and locate(copy_to)}),
         }
     )
 

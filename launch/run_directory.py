@@ -37,6 +37,11 @@ class RunDirectory:
         """Whether a run was started here."""
         return self.config.exists()
 
+    @property
+    def uid(self) -> str:
+        """The run's identity, which outlives restarts; there is one once the directory was opened."""
+        return str(json.loads(self.facts.read_text())["uid"])
+
     def check(self, resume: str) -> None:
         """Raise `UserError` if the state on disk does not allow `resume` (never, auto, must)."""
         if self.exists and resume == "never":
@@ -66,7 +71,7 @@ class RunDirectory:
         with write_aside(self.config) as file:
             file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         # The identity outlives restarts: MLflow keeps one run for it.
-        uid = json.loads(self.facts.read_text())["uid"] if self.facts.exists() else uuid.uuid4().hex
+        uid = self.uid if self.facts.exists() else uuid.uuid4().hex
         write_json(self.facts, {"uid": uid, **facts})
 
     def close(self) -> None:

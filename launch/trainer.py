@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flash_model.config import flops_per_token
+from launch.backup import Backup, check_place
 from launch.checkpoint import (
     Progress,
     check_compatible,
@@ -22,6 +23,7 @@ from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import evaluate, to_device
+from launch.initial_weights import find_origin, load_weights
 from launch.progress import Pace, progress_line, say
 from launch.run_directory import RunDirectory
 from launch.schedule import learning_rate
@@ -89,12 +91,17 @@ def train(config: RunConfig, processes: Processes) -> int:
     directory = RunDirectory(config.run.dir)
     training, validation = open_datasets(config)
     accumulation = accumulation_steps(config, processes.world_size)
+    processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
     resume_from = _choose_start(config, directory, training, processes)
+    tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
+    origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
     stop = StopRequest(config.run.dir)
     tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
+    uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
+    backup = Backup(directory.checkpoints, copy_to, uid) if copy_to and processes.rank == 0 else None
 
     engine = build_engine(config, processes)
     stream = open_stream(config, training)
@@ -104,9 +111,11 @@ def train(config: RunConfig, processes: Processes) -> int:
         progress = replace(saved, attempt=attempt)
         stream = open_stream(config, training, progress.data)
         say(f"continuing from {resume_from.name}: {progress.tokens:,} tokens seen")
+    elif origin is not None:
+        load_weights(origin, engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
-    def save() -> None:
+    def save(scores: dict[str, float] | None = None) -> None:
         path = save_checkpoint(
             directory.checkpoints,
             engine,
@@ -115,12 +124,18 @@ def train(config: RunConfig, processes: Processes) -> int:
             progress,
             tokenizer=training.components[0].dataset.tokenizer_path,
             mlflow_run_id=tracker.run_id if tracker else None,
+            run_uid=uid,
+            scores=scores,
+            protected=lambda: {path for path in (resume_from, backup and backup.busy_with) if path},
         )
         say(f"saved {path}")
+        if backup:
+            backup.notice()
         if tracker:
             tracker.checkpoint(progress.step, path)
 
-    def score() -> None:
+    def score() -> dict[str, float]:
+        found: dict[str, float] = {}
         micro_batch = config.evaluate.micro_batch or config.train.micro_batch
         for name, dataset in validation.items():
             started = time.monotonic()
@@ -133,10 +148,12 @@ def train(config: RunConfig, processes: Processes) -> int:
                 masked_lm=config.data.masked_lm,
             )
             metrics = {f"{name}/{key}": value for key, value in scores.items()}
+            found |= metrics
             listed = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
             say(f"{name}: {listed}  ({dataset.n_tokens:,} tokens in {time.monotonic() - started:.0f} s)")
             if tracker:
                 tracker.log(progress.step, metrics | {"train/tokens": progress.tokens})
+        return found
 
     status, saved_step = FINISHED, progress.step if resume_from is not None else None
     outcome = "FAILED"
@@ -184,7 +201,7 @@ def train(config: RunConfig, processes: Processes) -> int:
             )
             pace.end_step()
 
-            last = progress.step == config.steps
+            last, scores = progress.step == config.steps, None
             if tracker:
                 metrics = {
                     "train/loss": loss,
@@ -198,10 +215,10 @@ def train(config: RunConfig, processes: Processes) -> int:
                 if logged or progress.step == 1:
                     say(progress_line(config, progress, metrics, pace))
             if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
-                score()
+                scores = score()
                 pace.pause()
             if last or _passed(config.checkpoint.every_tokens, tokens_before, progress.tokens):
-                save()
+                save(scores)
                 saved_step = progress.step
                 pace.pause()
         if status == STOPPED and saved_step != progress.step:
@@ -215,33 +232,34 @@ def train(config: RunConfig, processes: Processes) -> int:
         if tracker and (message := tracker.close(outcome)):
             say(message)
     processes.barrier()
+    if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: stop.reason is not None)):
+        say(message)
     directory.close()
     return status
 
 
 def _choose_start(config: RunConfig, directory: RunDirectory, training: Mixture, processes: Processes) -> Path | None:
     """The checkpoint to continue from, agreed by all processes; None to start anew."""
+    processes.once(lambda: directory.check(config.run.resume))
+    if not processes.once(lambda: directory.exists):
+        return None
+    checkpoint, passed_over = newest_usable(directory.checkpoints, processes)
 
-    def choose() -> Path | None:
-        directory.check(config.run.resume)
-        if not directory.exists:
-            return None
-        checkpoint, passed_over = newest_usable(directory.checkpoints)
+    def check() -> None:
         for reason in passed_over:
             say(reason)
-        if checkpoint is None:
-            if config.run.resume == "must" or passed_over:
-                raise UserError(
-                    f"run.dir: nothing to resume from: {directory.checkpoints} holds no usable checkpoint; "
-                    "delete the directory to start anew"
-                )
-            return None
-        manifest = read_manifest(checkpoint)
-        check_compatible(checkpoint, manifest, config, processes.world_size)
-        open_stream(config, training, DataState.from_dict(manifest["data"]))  # refuses other data
-        return checkpoint
+        if checkpoint is not None:
+            manifest = read_manifest(checkpoint)
+            check_compatible(checkpoint, manifest, config)
+            open_stream(config, training, DataState.from_dict(manifest["data"]))  # refuses other data
+        elif config.run.resume == "must" or passed_over:
+            raise UserError(
+                f"run.dir: nothing to resume from: {directory.checkpoints} holds no usable checkpoint; "
+                "delete the directory to start anew"
+            )
 
-    return processes.once(choose)
+    processes.once(check)
+    return checkpoint
 
 
 def _passed(every: int | None, before: int, now: int) -> bool:

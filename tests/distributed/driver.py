@@ -1,7 +1,8 @@
 """Runs several cases in one launch, since starting DeepSpeed costs more than training these models.
 
 Started by the deepspeed launcher with a JSON file: a list of {"config", "overrides", "action"}. The action is
-"train" (with "stop_after": steps after which a STOP file appears) or "gradients" (the first step's, to "output").
+"train" (with "stop_after": steps after which a STOP file appears), "gradients" (the first step's, to "output") or
+"resave" (load the only checkpoint of the run "source", save it into the folder "output").
 """
 
 import json
@@ -15,6 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
+from launch.checkpoint import load_checkpoint, read_manifest, save_checkpoint  # noqa: E402
 from launch.config import RunConfig, accumulation_steps, load_run_config  # noqa: E402
 from launch.engine import Processes, build_engine, start_processes  # noqa: E402
 from launch.evaluate import to_device  # noqa: E402
@@ -29,6 +31,10 @@ def main() -> int:
         config = load_run_config(case["config"], case["overrides"])
         if case["action"] == "gradients":
             gradients(config, processes, Path(case["output"]))
+            statuses.append(0)
+            continue
+        if case["action"] == "resave":
+            resave(config, processes, Path(case["source"]), Path(case["output"]))
             statuses.append(0)
             continue
         if processes.rank == 0 and "stop_after" in case:
@@ -67,6 +73,14 @@ def gradients(config: RunConfig, processes: Processes, output: Path) -> None:
     steps.close()
     if processes.rank == 0:
         torch.save({"gradients": full, "targets": masks}, output)
+
+
+def resave(config: RunConfig, processes: Processes, source: Path, output: Path) -> None:
+    engine = build_engine(config, processes)
+    (checkpoint,) = processes.once(lambda: list((source / "checkpoints").glob("step-*")))
+    progress = load_checkpoint(checkpoint, read_manifest(checkpoint), engine, processes)
+    tokenizer = open_datasets(config)[0].components[0].dataset.tokenizer_path
+    save_checkpoint(output, engine, processes, config, progress, tokenizer=tokenizer, mlflow_run_id=None)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def test_a_signal_to_one_rank_saves_and_a_dead_launcher_does_too(
 ) -> None:
     run_dir = tmp_path / "run"
     arguments = ["launch/train.py", str(run_config), f"run.dir={run_dir}", f"train.tokens={ENDLESS}"]
+    arguments.append(f"checkpoint.copy_to={tmp_path / 'copies'}")
     first = start(*arguments)
     wait_for(lambda: steps_recorded(run_dir) >= 3)
     second_rank = next(process for process in ranks(first.pid) if "--local_rank=1" in process.cmdline())
@@ -112,6 +113,9 @@ def test_a_signal_to_one_rank_saves_and_a_dead_launcher_does_too(
     saved = newest_manifest(run_dir)
     assert saved["step"] == steps_recorded(run_dir) >= 3
     assert not (run_dir / "DONE").exists()
+    assert "not copied" not in output
+    (copy,) = (tmp_path / "copies").iterdir()
+    assert json.loads((copy / "manifest.json").read_text())["step"] == saved["step"]
 
     second = start(*arguments, "--resume")
     wait_for(lambda: steps_recorded(run_dir) >= saved["step"] + 3)

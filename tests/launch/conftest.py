@@ -1,12 +1,17 @@
-"""A run's config file that is right, for tests to spoil."""
+"""A run's config file that is right, for tests to spoil, and checkpoints without a model."""
 
 import copy
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from launch.checkpoint import _digest
+from pipeline.atomic import hash_file
 
 RIGHT: dict[str, Any] = {
     "run": {"dir": "runs/test", "seed": 7},
@@ -29,3 +34,25 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attempt: int = 0) -> Path:
+    final, checkpoint = directory / f"step-{step:08d}", directory / f".writing-{step}"
+    (checkpoint / "deepspeed").mkdir(parents=True)
+    names = ["deepspeed/one.pt", "deepspeed/two.pt", "latest"]
+    files = {}
+    for number, name in enumerate(names):
+        (checkpoint / name).write_bytes(random.Random(f"{step} {number} {attempt}").randbytes(300 + number))
+        files[name] = {"size": 300 + number, "sha256": hash_file(checkpoint / name)}
+    manifest = {"format_version": 2, "step": step, "run_uid": run_uid, "files": files}
+    (checkpoint / "manifest.json").write_text(
+        json.dumps(manifest | {"sha256": _digest(manifest)}, separators=(",", ":"))
+    )
+    # Appears whole, as a real one does: a copy may be looking for it.
+    return checkpoint.rename(final)
+
+
+@pytest.fixture
+def write_checkpoint() -> Callable[..., Path]:
+    """Write a checkpoint of a step, with files and manifest as they should be but nothing of a model in them."""
+    return written_checkpoint

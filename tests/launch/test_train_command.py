@@ -9,6 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from flash_model.config import ModelConfig
+from launch.checkpoint import read_manifest
+from launch.conversion import Records
+from launch.initial_weights import _check_fits
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 WriteConfig = Callable[..., Path]
@@ -35,6 +43,7 @@ def config(write_config: WriteConfig, prepared_data: Path, tmp_path: Path) -> Pa
         (["model.vocab_size=100"], ["model.vocab_size: 100", "384"]),
         (["--resume"], ["nothing to resume from", "--resume"]),
         (["deepspeed.zero_optimisation.stage=1"], ["deepspeed.zero_optimisation", "did you mean zero_optimization"]),
+        (["checkpoint.copy_to=nosuch://there"], ["checkpoint.copy_to: nosuch://there", "nosuch"]),
         (["=3"], ["=3"]),
     ],
 )
@@ -170,7 +179,7 @@ def prod(numbers: list[int]) -> int:
     return result
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "no manifest", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
     newest = copied / "run/checkpoints/step-00000004"
     (victim,) = (newest / "deepspeed").glob("*optim_states.pt")
@@ -184,13 +193,56 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
         victim.unlink()
     else:
         victim = newest / "manifest.json"
+        text = victim.read_text()
         victim.unlink()
+        if damage == "manifest":
+            victim.write_text(text.replace('"tokens": 2048', '"tokens": 2049'))
     done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
     assert done.returncode == 0, done.stderr
-    assert "step-00000004 passed over" in done.stdout
+    assert done.stdout.count("step-00000004 passed over") == done.stdout.count("passed over") == 1
     assert victim.name in done.stdout
     assert "continuing from step-00000002" in done.stdout
     assert json.loads((copied / "run/DONE").read_text())["step"] == 5
+
+
+def test_a_run_keeps_what_its_rules_say_and_what_it_was_resumed_from(copied: Path, prepared_data: Path) -> None:
+    checkpoints = copied / "run/checkpoints"
+    for left in (".deleting-step-00000001", ".writing-step-00000003"):
+        shutil.copytree(checkpoints / "step-00000002", checkpoints / left)
+    rules = ["keep=1", "keep_every_steps=5", "keep_best=valid", "every_tokens=512"]
+    validation = f"data.validation.valid={{path: {prepared_data}, split: valid}}"
+    settings = [*(f"checkpoint.{rule}" for rule in rules), "evaluate.every_tokens=512", validation, "train.tokens=4608"]
+    done = train(copied / "run.yaml", "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (copied / "run/metrics.jsonl").read_text().splitlines()]
+    losses = {r["step"]: r["metrics"]["valid/loss"] for r in records if "valid/loss" in r.get("metrics", {})}
+    assert list(losses) == [5, 6, 7, 8, 9]
+    expected = {4, 5, 9, min(losses, key=lambda step: losses[step])}
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        *(f"step-{step:08d}" for step in sorted(expected)),
+    ]
+    assert (checkpoints / "latest").read_text() == "step-00000009\n"
+
+
+def test_copies_are_made_and_a_failing_place_does_not_end_the_run(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    settings = ["train.tokens=3072", "checkpoint.every_tokens=512", f"checkpoint.copy_to={tmp_path}/file/below"]
+    done = train(copied / "run.yaml", "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "warning: step-00000005 was not copied" in done.stdout
+    (last,) = [line for line in done.stdout.splitlines() if "not copied to" in line and "next start" in line]
+    assert last.startswith(f"warning: not copied to {tmp_path}/file/below: step-00000004, step-00000005, step-00000006")
+    place = tmp_path / "place"
+    settings = ["train.tokens=3584", f"checkpoint.copy_to={place}"]
+    done = train(copied / "run.yaml", "--resume", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "not copied" not in done.stdout
+    checkpoints = copied / "run/checkpoints"
+    assert {"step-00000007", "step-00000006"} <= {path.name for path in place.iterdir()}
+    for checkpoint in checkpoints.glob("step-*"):
+        for path in [path for path in checkpoint.rglob("*") if path.is_file()]:
+            assert (place / path.relative_to(checkpoints)).read_bytes() == path.read_bytes()
 
 
 def test_without_a_usable_checkpoint_nothing_is_started(copied: Path) -> None:
@@ -199,6 +251,67 @@ def test_without_a_usable_checkpoint_nothing_is_started(copied: Path) -> None:
     done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
     assert done.returncode == 2
     assert "nothing to resume from" in done.stderr
+
+
+STILL = ["optimizer.lr=1e-30", "train.tokens=512"]
+"""One step that leaves weights as they are."""
+
+
+def test_a_run_starts_from_anothers_weights(finished: Path, tmp_path: Path) -> None:
+    origin, run = finished / "run/checkpoints/step-00000002", tmp_path / "run"
+    settings = [f"run.dir={run}", "data.seq_len=128", "train.zero_stage=3", *STILL]
+    done = train(finished / "run.yaml", *settings, f"run.init_from={origin}")
+    assert done.returncode == 0, done.stderr
+    assert f"starting from the weights of {origin}, 1,024 tokens old" in done.stdout
+    checkpoint = run / "checkpoints/step-00000001"
+    weights, expected = (load_file(path / "model/model.safetensors") for path in (checkpoint, origin))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    manifest = read_manifest(checkpoint)
+    assert manifest["data"]["next_sample"] == 4
+    assert {record.step for record in Records(checkpoint, manifest)} == {1}, "the optimizer is not a fresh one"
+    # Resumed, it does not ask for the checkpoint that it was started from.
+    done = train(
+        finished / "run.yaml", *settings, "train.tokens=1024", f"run.init_from={tmp_path / 'gone'}", "--resume"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step-00000001" in done.stdout
+
+
+def test_weights_that_do_not_fit(finished: Path, tmp_path: Path) -> None:
+    settings = [f"run.dir={tmp_path / 'new'}", f"run.init_from={finished / 'run'}", *STILL]
+    done = train(finished / "run.yaml", *settings, "model.d_model=64", "model.n_layers=1", "model.rope_base=500.0")
+    assert done.returncode == 2
+    message = done.stderr.split("error: ")[-1]
+    assert f"run.init_from: the weights of {finished / 'run/checkpoints/step-00000004'} do not fit:" in message
+    assert "embedding.weight: [384, 32] in the checkpoint, [384, 64] in this run" in message
+    assert "set model.d_model: 64 to the checkpoint's: 32" in message
+    assert "set model.n_layers: 1 to the checkpoint's: 2" in message
+    assert "rope_base" not in message
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_origin_that_is_none(finished: Path, copied: Path, tmp_path: Path) -> None:
+    for path in (copied / "run/checkpoints").glob("step-*/model/model.safetensors"):
+        os.truncate(path, 100)
+    for origin, expected in [
+        (tmp_path / "none", "manifest.json is missing"),
+        (copied / "run", "holds no usable checkpoint; name another run"),
+        (copied / "run/checkpoints/step-00000002", "model.safetensors has 100 bytes instead of"),
+    ]:
+        done = train(finished / "run.yaml", f"run.dir={tmp_path / 'new'}", f"run.init_from={origin}", *STILL)
+        assert done.returncode == 2
+        assert "run.init_from: " in done.stderr
+        assert expected in done.stderr
+        assert not (tmp_path / "new").exists()
+
+
+def test_weights_of_another_tokenizer_are_refused(finished: Path) -> None:
+    checkpoint = finished / "run/checkpoints/step-00000004"
+    manifest = read_manifest(checkpoint)
+    model = ModelConfig(**manifest["config"]["model"])
+    _check_fits(checkpoint, model, manifest["tokenizer_sha256"])
+    with pytest.raises(UserError, match=r"run\.init_from: .* another tokenizer .* content\.tokenizer\.path"):
+        _check_fits(checkpoint, model, "0" * 64)
 
 
 def test_a_second_trainer_is_kept_out(copied: Path) -> None:
