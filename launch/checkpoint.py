@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from flash_model.export import save_model
+from launch.bad_steps import History
 from launch.config import RunConfig
 from launch.engine import Processes
 from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
@@ -39,6 +40,7 @@ class Progress:
     tokens: int
     data: DataState
     attempt: int
+    history: History
 
 
 def save_checkpoint(
@@ -79,6 +81,7 @@ def save_checkpoint(
             "tokens": progress.tokens,
             "attempt": progress.attempt,
             "data": progress.data.to_dict(),
+            "history": progress.history.to_dict(),
             "world_size": processes.world_size,
             "zero_stage": config.train.zero_stage,
             "precision": config.train.precision,
@@ -181,6 +184,7 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], engine: Any, pro
         tokens=manifest["tokens"],
         data=DataState.from_dict(manifest["data"]),
         attempt=manifest["attempt"],
+        history=History.from_dict(manifest.get("history", {})),
     )
 
 
