@@ -217,6 +217,20 @@ class BadStepsSection(StrictModel):
     )
 
 
+class WatchdogSection(StrictModel):
+    """Seconds that a process may stay in a phase before the job ends with status 71; null: as long as it likes."""
+
+    data: PositiveFloat | None = Field(default=300, description="waiting for the next step's batches")
+    forward: PositiveFloat | None = Field(default=300, description="the forward pass of a micro batch")
+    backward: PositiveFloat | None = Field(default=300, description="the backward pass of a micro batch")
+    step: PositiveFloat | None = Field(default=300, description="the sums over all processes and the update")
+    save: PositiveFloat | None = Field(default=1800, description="a checkpoint")
+    evaluate: PositiveFloat | None = Field(default=300, description="a batch of a validation set")
+    other: PositiveFloat | None = Field(
+        default=1800, description="start, the whole first step (which compiles), waiting for others, the end"
+    )
+
+
 class TrackingSection(StrictModel):
     """MLflow. Records go to metrics.jsonl in the run directory first, whatever the server does."""
 
@@ -237,6 +251,7 @@ class RunConfig(StrictModel):
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     bad_steps: BadStepsSection = BadStepsSection()
+    watchdog: WatchdogSection = WatchdogSection()
     tracking: TrackingSection = TrackingSection()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed settings merged last, e.g. zero_optimization.reduce_bucket_size"

@@ -1,6 +1,7 @@
 """What the deepspeed launcher starts in each process: `deepspeed launch/train.py CONFIG [key=value …] [--resume]`.
 
-Exit status: 0 last step reached, 75 stopped cleanly and to be resumed, 2 user error, 70 over the budget of bad steps.
+Exit status: 0 last step reached, 75 stopped cleanly and to be resumed, 2 user error, 70 over the
+budget of bad steps, 71 a process hung, died or failed.
 """
 
 import argparse

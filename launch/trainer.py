@@ -28,6 +28,7 @@ from launch.run_directory import RunDirectory
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
 from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
+from launch.watchdog import Watchdog
 from pipeline.batches import DataState, TrainingStream
 from pipeline.errors import UserError
 from pipeline.masking import Corruption
@@ -87,6 +88,11 @@ def open_steps(config: RunConfig, stream: TrainingStream, processes: Processes) 
 
 def train(config: RunConfig, processes: Processes) -> int:
     """Train to the last step or to a reason to stop; returns the exit status. Called by all processes."""
+    with Watchdog(config.watchdog, processes) as watchdog:
+        return _train(config, processes, watchdog)
+
+
+def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     directory = RunDirectory(config.run.dir)
     training, validation = open_datasets(config)
     accumulation = accumulation_steps(config, processes.world_size)
@@ -113,6 +119,7 @@ def train(config: RunConfig, processes: Processes) -> int:
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
     def save() -> None:
+        watchdog.enter("save")
         path = save_checkpoint(
             directory.checkpoints,
             engine,
@@ -137,6 +144,7 @@ def train(config: RunConfig, processes: Processes) -> int:
                 seq_len=config.data.seq_len,
                 micro_batch=micro_batch,
                 masked_lm=config.data.masked_lm,
+                beat=lambda: watchdog.enter("evaluate"),
             )
             metrics = {f"{name}/{key}": value for key, value in scores.items()}
             listed = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
@@ -151,7 +159,9 @@ def train(config: RunConfig, processes: Processes) -> int:
     try:
         while progress.step < config.steps:
             pace.start_step()
+            watchdog.enter("data")
             step = steps.next()
+            watchdog.enter("wait")
             reason = stop.reason
             # One sum over all processes: how many targets the step has, and whether anyone wants to stop.
             targets, stopping = processes.total(step.targets, reason is not None)
@@ -165,11 +175,14 @@ def train(config: RunConfig, processes: Processes) -> int:
             scale = processes.world_size * accumulation / max(targets, 1)
             nats = torch.zeros((), dtype=torch.float64, device=processes.device)
             for position, batch in enumerate(step.batches):
+                watchdog.enter("forward")
                 summed = engine(*to_device(batch, processes.device))
                 nats += summed.detach().double()
+                watchdog.enter("backward")
                 engine.backward(summed * scale)
                 if position < accumulation - 1:
                     engine.step()
+            watchdog.enter("step")
             # This waits for the GPU: nothing reads the step's batches any more when the next step is asked for.
             total_nats, layer_norms = norms.reduce(nats)
             loss, norm = total_nats / max(targets, 1), total_norm(layer_norms)
@@ -231,6 +244,10 @@ def train(config: RunConfig, processes: Processes) -> int:
             processes.once(lambda: directory.finish(progress.step, progress.tokens))
             say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
         outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
+        watchdog.enter("wait")
+    except Exception as error:
+        watchdog.failed(error)
+        raise
     finally:
         steps.close()
         if tracker and (message := tracker.close(outcome)):

@@ -57,7 +57,7 @@ def stop_after(run_dir: Path, steps: int) -> None:
 
 @contextmanager
 def spoilt(faults: dict[str, str], processes: Processes) -> Iterator[None]:
-    """Make the last process's first micro batch of the named steps go wrong: "loss", "gradient" or "spike"."""
+    """Let the last process's first micro batch of the named steps go wrong: loss, gradient, spike, hang or fail."""
     pending: list[str] = []
     next_step = StepLoader.next
 
@@ -70,6 +70,10 @@ def spoilt(faults: dict[str, str], processes: Processes) -> Iterator[None]:
         if not module.training or not pending or processes.rank != processes.world_size - 1:
             return summed
         fault = pending.pop()
+        if fault == "hang":
+            time.sleep(3600)
+        if fault == "fail":
+            raise RuntimeError("made up")
         if fault == "gradient":
             summed.register_hook(lambda gradient: gradient * torch.inf)
             return summed
