@@ -49,7 +49,8 @@ class GradientNorms:
 
     def _norms(self) -> Iterator[Share]:
         optimizer = self._engine.optimizer
-        if offloaded := getattr(optimizer, "norm_for_param_grads", None):
+        offloaded = getattr(optimizer, "norm_for_param_grads", None)  # only there with an offloaded optimizer
+        if offloaded is not None:
             for parameter in self._engine.module.parameters():
                 norm = offloaded.get(optimizer.get_param_id(parameter))
                 if norm is not None:
