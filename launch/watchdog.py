@@ -293,9 +293,13 @@ class _Lines:
         self._rest = b""
 
     def split(self, received: bytes) -> list[dict[str, Any]]:
-        """The messages that are complete now."""
+        """The messages that are complete now; what is none is passed over: anybody can connect."""
         *lines, self._rest = (self._rest + received).split(b"\n")
-        return [json.loads(line) for line in lines]
+        messages = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                messages.append(json.loads(line))
+        return [message for message in messages if isinstance(message, dict)]
 
 
 def _write(text: str) -> None:
