@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from flash_model.export import save_model
+from launch.bad_steps import History
 from launch.config import RunConfig
 from launch.conversion import Records, load_records, parameter_layout
 from launch.engine import Processes
@@ -42,6 +43,7 @@ class Progress:
     tokens: int
     data: DataState
     attempt: int
+    history: History
 
 
 def save_checkpoint(
@@ -90,6 +92,7 @@ def save_checkpoint(
             "data": progress.data.to_dict(),
             "scores": dict(scores or {}),
             "tokenizer_sha256": hash_file(tokenizer),
+            "history": progress.history.to_dict(),
             "world_size": processes.world_size,
             "zero_stage": config.train.zero_stage,
             "precision": config.train.precision,
@@ -235,6 +238,7 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], engine: Any, pro
         tokens=manifest["tokens"],
         data=DataState.from_dict(manifest["data"]),
         attempt=manifest["attempt"],
+        history=History.from_dict(manifest.get("history", {})),
     )
 
 

@@ -213,6 +213,44 @@ class CheckpointSection(StrictModel):
     )
 
 
+class BadStepsSection(StrictModel):
+    """Steps that are not learnt from: they change neither weights nor optimizer, but count as steps and tokens."""
+
+    budget: int = Field(
+        default=3,
+        ge=0,
+        description="bad steps that are skipped among `budget_steps` steps; one more stops the run with status 70",
+    )
+    budget_steps: PositiveInt = Field(default=1000, description="steps over which `budget` counts")
+    spike_threshold: PositiveFloat | None = Field(
+        default=None,
+        description="a loss further above the median of the last ones, in robust standard deviations, is bad too (20 "
+        "is far); null: only a loss or gradient norm that is not finite",
+    )
+    spike_window: int = Field(
+        default=100, ge=4, description="last losses that a loss is compared with, once there are as many"
+    )
+    rollback: bool = Field(
+        default=False,
+        description="a run that stopped over its budget and is resumed goes back to the checkpoint before the bad "
+        "steps and passes over their samples. `--rollback` on the command line means this and run.resume=must",
+    )
+
+
+class WatchdogSection(StrictModel):
+    """Seconds that a process may stay in a phase before the job ends with status 71; null: as long as it likes."""
+
+    data: PositiveFloat | None = Field(default=300, description="waiting for the next step's batches")
+    forward: PositiveFloat | None = Field(default=300, description="the forward pass of a micro batch")
+    backward: PositiveFloat | None = Field(default=300, description="the backward pass of a micro batch")
+    step: PositiveFloat | None = Field(default=300, description="the sums over all processes and the update")
+    save: PositiveFloat | None = Field(default=1800, description="a checkpoint")
+    evaluate: PositiveFloat | None = Field(default=300, description="a batch of a validation set")
+    other: PositiveFloat | None = Field(
+        default=1800, description="start, the whole first step (which compiles), waiting for others, the end"
+    )
+
+
 class TrackingSection(StrictModel):
     """MLflow. Records go to metrics.jsonl in the run directory first, whatever the server does."""
 
@@ -232,6 +270,8 @@ class RunConfig(StrictModel):
     schedule: ScheduleSection = ScheduleSection()
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    bad_steps: BadStepsSection = BadStepsSection()
+    watchdog: WatchdogSection = WatchdogSection()
     tracking: TrackingSection = TrackingSection()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed settings merged last, e.g. zero_optimization.reduce_bucket_size"

@@ -1,4 +1,4 @@
-"""Processes and the DeepSpeed engine: the only module, with checkpoint.py, that touches DeepSpeed."""
+"""Processes and the DeepSpeed engine: the only module, with gradients.py and checkpoint.py, that touches DeepSpeed."""
 
 import os
 import socket
@@ -172,14 +172,11 @@ def _compile(model: FlashLM, zero_stage: int) -> None:
         module.forward = torch.compile(module.forward, fullgraph=True)
 
 
-def update(engine: Any) -> float:
-    """Apply the accumulated gradients, clipped; returns their global norm before clipping."""
-    if engine.zero_optimization_stage() > 0:
-        engine.step()
-        return float(engine.get_global_grad_norm())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+def update(engine: Any) -> None:
+    """Apply the accumulated gradients, clipped."""
     engine.step()
-    return float(norm)
+    if not engine.was_step_applied():
+        raise RuntimeError("DeepSpeed skipped an update that was found to be good")
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:

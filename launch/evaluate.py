@@ -1,6 +1,7 @@
 """Scoring a validation set whole: every token once, over all processes."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ def evaluate(
     seq_len: int,
     micro_batch: int,
     masked_lm: MaskedLM | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean nats per token (`loss`), `perplexity`, and `bits_per_byte` over the UTF-8 bytes of the scored text.
 
-    With `masked_lm` the loss alone, over the hidden tokens: it is no likelihood of the text.
+    With `masked_lm` the loss alone, over the hidden tokens: it is no likelihood of the text. `beat` is called before
+    every batch.
     Called by all processes; they make the same number of forward passes, as ZeRO-3 requires.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=processes.device)
@@ -37,6 +40,7 @@ def evaluate(
             world_size=processes.world_size,
             masked_lm=masked_lm,
         ):
+            beat()
             scored = batch if batch is not None else _blank(seq_len)
             nats = engine(*to_device(scored, processes.device))
             totals += torch.stack([nats.double(), scored.loss_mask.sum().to(nats.device).double()])

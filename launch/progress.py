@@ -5,7 +5,6 @@ import time
 
 import torch
 
-from launch.checkpoint import Progress
 from launch.config import RunConfig
 from launch.engine import Processes
 
@@ -72,11 +71,16 @@ class Pace:
         return sorted(self._recent)[len(self._recent) // 2] * steps if self._recent else float("nan")
 
 
-def progress_line(config: RunConfig, progress: Progress, metrics: dict[str, float], pace: Pace) -> str:
-    """One line: step, tokens, loss, learning rate, gradient norm, speed, utilisation, memory, time left."""
+def progress_line(config: RunConfig, step: int, metrics: dict[str, float], pace: Pace, fault: str | None = None) -> str:
+    """One line: step, tokens, loss, learning rate, gradient norm, speed, utilisation, memory, steps skipped lately,
+    time left; of a bad step what was wrong with it.
+    """
+    number = f"step {step:>{len(str(config.steps))}}/{config.steps}"
+    if fault:
+        return f"{number}  BAD, not learnt from: {fault}"
     parts = [
-        f"step {progress.step:>{len(str(config.steps))}}/{config.steps}",
-        f"tokens {_short(progress.tokens)}",
+        number,
+        f"tokens {_short(metrics['train/tokens'])}",
         f"loss {metrics['train/loss']:.4f}",
         f"lr {metrics['train/lr']:.2e}",
         f"grad {metrics['train/grad_norm']:.3f}",
@@ -86,7 +90,9 @@ def progress_line(config: RunConfig, progress: Progress, metrics: dict[str, floa
         parts.append(f"mfu {metrics['perf/mfu']:.1%}")
     if "perf/gpu_memory_gib" in metrics:
         parts.append(f"mem {metrics['perf/gpu_memory_gib']:.1f} GiB")
-    parts.append(f"left {duration(pace.seconds_left(config.steps - progress.step))}")
+    if "train/skipped_steps" in metrics:
+        parts.append(f"skipped {metrics['train/skipped_steps']:.0f}")
+    parts.append(f"left {duration(pace.seconds_left(config.steps - step))}")
     return "  ".join(parts)
 
 

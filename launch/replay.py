@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch.bad_steps import describe_ranges
 from launch.datasets_used import dataset_entity, folder_names, keep_cards
 from launch.run_directory import RunDirectory
 from pipeline.atomic import write_json
@@ -76,6 +77,9 @@ class Sender:
                 self._send_event(run_id, record)
                 self._advance(sent)
                 sent = 0
+                if "rollback" in record:
+                    run_id = self._run_id()
+                    self._log_datasets(run_id)
         if pending:
             self._send_metrics(run_id, pending)
             self._advance(sent)
@@ -86,11 +90,30 @@ class Sender:
         write_json(self._directory.tracking, self._state)
 
     def _run_id(self) -> str:
-        """The run's id; on first use the run is created, or found if an earlier sender died just after creating it."""
+        """The id of the run, or of its newest child; on first use the run is created."""
+        if "run_id" not in self._state:
+            self._state["run_id"] = self._open_run(self._facts["uid"], self._facts["name"], {})
+            write_json(self._directory.tracking, self._state)
+        return str(self._state["run_id"])
+
+    def _begin_child(self, parent: str, rollback: dict[str, Any]) -> None:
+        """After a rollback steps come again with other values: they are a run of their own."""
+        number = rollback["number"]
+        tags = {
+            "mlflow.parentRunId": parent,
+            "rollback.step": str(rollback["step"]),
+            "rollback.bad_steps": json.dumps(rollback["bad_steps"]),
+            "rollback.samples": describe_ranges(rollback["samples"])[:5000],
+        }
+        name = f"{self._facts['name']}, rollback {number}"
+        child = self._open_run(f"{self._facts['uid']}-{number}", name, tags)
+        self._last_step.clear()
+        self._state = self._state | {"run_id": child, "datasets": []}
+
+    def _open_run(self, uid: str, name: str, tags: dict[str, str]) -> str:
+        """The id of a new run, or of the one that an earlier sender created just before it died."""
         from mlflow.entities import Param, RunTag
 
-        if "run_id" in self._state:
-            return str(self._state["run_id"])
         facts = self._facts
         experiment = self._client.get_experiment_by_name(facts["experiment"])
         if experiment is None:
@@ -99,21 +122,18 @@ class Sender:
             experiment_id = self._client.create_experiment(facts["experiment"], artifact_location=artifacts)
         else:
             experiment_id = experiment.experiment_id
-        uid = facts["uid"]
         found = self._client.search_runs([experiment_id], f"tags.uid = '{uid}'", max_results=1)
         if found:
             run = found[0]
         else:
-            tags = {"uid": uid, "run_directory": str(self._directory.path)}
-            run = self._client.create_run(experiment_id, run_name=facts["name"], tags=tags)
+            tags = {"uid": uid, "run_directory": str(self._directory.path), **tags}
+            run = self._client.create_run(experiment_id, run_name=name, tags=tags)
         run_id = str(run.info.run_id)
         parameters = [Param(key, value[:6000]) for key, value in facts["parameters"].items()]
         for start in range(0, len(parameters), 100):
             self._client.log_batch(run_id, params=parameters[start : start + 100])
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in facts["tags"].items()])
         self._client.log_artifact(run_id, str(self._directory.config))
-        self._state["run_id"] = run_id
-        write_json(self._directory.tracking, self._state)
         return run_id
 
     def _log_datasets(self, run_id: str) -> None:
@@ -163,6 +183,12 @@ class Sender:
     def _send_event(self, run_id: str, record: dict[str, Any]) -> None:
         if "checkpoint" in record:
             self._register_checkpoint(run_id, record)
+            return
+        if "rollback" in record:
+            self._begin_child(run_id, record["rollback"])
+            return
+        if "bad_step" in record:
+            self._client.set_tag(run_id, f"bad_step.{record['step']}", json.dumps(record["bad_step"])[:5000])
             return
         self.status = record["status"]
         if self.status == "RUNNING":

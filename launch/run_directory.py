@@ -1,7 +1,7 @@
 """The directory that holds everything of a run.
 
 config.yaml (resolved), run.json (environment and data, for the tracker), metrics.jsonl, tracking.json, data/ (cards
-and pictures of the datasets), checkpoints/, lock, and DONE once the last step is reached.
+and pictures of the datasets), checkpoints/, lock, DONE once the last step is reached, and what launch.rollback keeps.
 """
 
 import fcntl
@@ -30,6 +30,8 @@ class RunDirectory:
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
         self.done = path / "DONE"
+        self.over_budget = path / "OVER_BUDGET"
+        self.rollbacks = path / "rollbacks.json"
         self._lock: IO[str] | None = None
 
     @property

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from launch.config import RunConfig
+from launch.rollback import unrecorded
 from launch.run_directory import RunDirectory
 
 CLOSE_TIMEOUT = 60.0
@@ -34,6 +35,8 @@ class Tracker:
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
         self._sender: subprocess.Popen[bytes] | None = None
         psutil.cpu_percent()
+        for rollback in unrecorded(directory):
+            self._write({"rollback": rollback})
         self._write({"status": "RUNNING"})
         if config.tracking.enabled:
             command = [sys.executable, "-m", "launch.replay", str(directory.path), "--follow", str(os.getpid())]
@@ -54,6 +57,10 @@ class Tracker:
     def checkpoint(self, step: int, path: Path) -> None:
         """Record that the checkpoint of `step` lies at `path`."""
         self._write({"step": step, "checkpoint": str(path)})
+
+    def bad_step(self, step: int, found: dict[str, Any]) -> None:
+        """Record what was wrong with `step`, which was not learnt from."""
+        self._write({"step": step, "bad_step": found})
 
     def close(self, status: str) -> str | None:
         """Record the final `status` (FINISHED, FAILED or KILLED); returns a message if MLflow does not have it all."""

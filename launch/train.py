@@ -1,6 +1,7 @@
 """What the deepspeed launcher starts in each process: `deepspeed launch/train.py CONFIG [key=value …] [--resume]`.
 
-Exit status: 0 last step reached, 75 stopped cleanly and to be resumed, 2 user error, 70 loss or gradient not finite.
+Exit status: 0 last step reached, 75 stopped cleanly and to be resumed, 2 user error, 70 over the
+budget of bad steps, 71 a process hung, died or failed.
 """
 
 import argparse
@@ -24,6 +25,11 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--resume", action="store_true", help="continue the run; the same as run.resume=must")
+    parser.add_argument(
+        "--rollback",
+        action="store_true",
+        help="continue a run that stopped over its budget of bad steps from before them, without their samples",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args()
     processes = None
@@ -35,13 +41,19 @@ def main() -> int:
         from launch.trainer import open_datasets, train
 
         check_hostfile()
-        config = load_run_config(arguments.config, arguments.overrides, resume=arguments.resume)
+        overrides = [*arguments.overrides, *(["bad_steps.rollback=true"] if arguments.rollback else [])]
+        resume = arguments.resume or arguments.rollback
+        config = load_run_config(arguments.config, overrides, resume=resume)
         directory = RunDirectory(config.run.dir)
         done = directory.done_tokens
         if config.run.resume != "never" and done is not None and done >= config.train.tokens:
             say(f"nothing to do: {directory.path} is done at {done:,} tokens; raise train.tokens to go on")
             return 0
         directory.check(config.run.resume)
+        if arguments.rollback and not directory.over_budget.exists():
+            raise UserError(
+                f"--rollback: {directory.path} did not stop over its budget of bad steps; --resume continues it"
+            )
         accumulation_steps(config, int(os.environ.get("WORLD_SIZE", "1")))
         open_datasets(config)
         processes = start_processes()

@@ -1,16 +1,15 @@
 """The training loop."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from flash_model.config import flops_per_token
 from launch.backup import Backup, check_place
+from launch.bad_steps import History, bad_step_record, find_fault, over_budget_message
 from launch.checkpoint import (
     Progress,
     check_compatible,
@@ -23,12 +22,15 @@ from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import evaluate, to_device
+from launch.gradients import GradientNorms, discard_gradients, total_norm
 from launch.initial_weights import find_origin, load_weights
 from launch.progress import Pace, progress_line, say
+from launch.rollback import Rollback, carry_out, pass_over, plan_rollback, record_stop, set_aside
 from launch.run_directory import RunDirectory
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
 from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
+from launch.watchdog import Watchdog
 from pipeline.batches import DataState, TrainingStream
 from pipeline.errors import UserError
 from pipeline.masking import Corruption
@@ -37,7 +39,7 @@ from pipeline.prefetch import StepLoader
 from pipeline.shards import TokenDataset
 
 FINISHED, STOPPED, BAD_NUMBERS = 0, 75, 70
-"""Exit statuses: last step reached; stopped cleanly and to be resumed; loss or gradient not finite, or no gradient."""
+"""Exit statuses: last step reached; stopped cleanly and to be resumed; over the budget of bad steps, or no gradient."""
 
 
 def open_datasets(config: RunConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
@@ -88,16 +90,22 @@ def open_steps(config: RunConfig, stream: TrainingStream, processes: Processes) 
 
 def train(config: RunConfig, processes: Processes) -> int:
     """Train to the last step or to a reason to stop; returns the exit status. Called by all processes."""
+    with Watchdog(config.watchdog, processes) as watchdog:
+        return _train(config, processes, watchdog)
+
+
+def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     directory = RunDirectory(config.run.dir)
     training, validation = open_datasets(config)
     accumulation = accumulation_steps(config, processes.world_size)
     processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
-    resume_from = _choose_start(config, directory, training, processes)
+    resume_from, back = _choose_start(config, directory, training, processes)
     tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
     origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
+    processes.once(lambda: carry_out(directory, back))
     stop = StopRequest(config.run.dir)
     tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
@@ -105,17 +113,22 @@ def train(config: RunConfig, processes: Processes) -> int:
 
     engine = build_engine(config, processes)
     stream = open_stream(config, training)
-    progress = Progress(0, 0, stream.state, attempt)
+    progress = Progress(0, 0, stream.state, attempt, History())
     if resume_from is not None:
         saved = load_checkpoint(resume_from, read_manifest(resume_from), engine, processes)
-        progress = replace(saved, attempt=attempt)
+        data = processes.once(lambda: pass_over(directory, saved.data))
+        progress = replace(saved, attempt=attempt, data=data)
         stream = open_stream(config, training, progress.data)
+        if back:
+            say(f"going back to {back}")
         say(f"continuing from {resume_from.name}: {progress.tokens:,} tokens seen")
     elif origin is not None:
         load_weights(origin, engine, processes)
+    norms = GradientNorms(engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
     def save(scores: dict[str, float] | None = None) -> None:
+        watchdog.enter("save")
         path = save_checkpoint(
             directory.checkpoints,
             engine,
@@ -146,6 +159,7 @@ def train(config: RunConfig, processes: Processes) -> int:
                 seq_len=config.data.seq_len,
                 micro_batch=micro_batch,
                 masked_lm=config.data.masked_lm,
+                beat=lambda: watchdog.enter("evaluate"),
             )
             metrics = {f"{name}/{key}": value for key, value in scores.items()}
             found |= metrics
@@ -156,12 +170,15 @@ def train(config: RunConfig, processes: Processes) -> int:
         return found
 
     status, saved_step = FINISHED, progress.step if resume_from is not None else None
+    over_budget: History | None = None
     outcome = "FAILED"
     steps = open_steps(config, stream, processes)
     try:
         while progress.step < config.steps:
             pace.start_step()
+            watchdog.enter("data")
             step = steps.next()
+            watchdog.enter("wait")
             reason = stop.reason
             # One sum over all processes: how many targets the step has, and whether anyone wants to stop.
             targets, stopping = processes.total(step.targets, reason is not None)
@@ -175,45 +192,59 @@ def train(config: RunConfig, processes: Processes) -> int:
             scale = processes.world_size * accumulation / max(targets, 1)
             nats = torch.zeros((), dtype=torch.float64, device=processes.device)
             for position, batch in enumerate(step.batches):
+                watchdog.enter("forward")
                 summed = engine(*to_device(batch, processes.device))
                 nats += summed.detach().double()
+                watchdog.enter("backward")
                 engine.backward(summed * scale)
                 if position < accumulation - 1:
                     engine.step()
-            dist.all_reduce(nats)
+            watchdog.enter("step")
             # This waits for the GPU: nothing reads the step's batches any more when the next step is asked for.
-            loss = nats.item() / max(targets, 1)
-            if not math.isfinite(loss):
-                status = _report_bad_numbers(progress, "loss", loss, step.samples)
-                break
-            lr = learning_rate(config, progress.step)
-            set_learning_rate(engine, lr)
-            norm = update(engine)
-            if not math.isfinite(norm):
-                status = _report_bad_numbers(progress, "gradient norm", norm, step.samples)
-                break
+            total_nats, layer_norms = norms.reduce(nats)
+            loss, norm = total_nats / max(targets, 1), total_norm(layer_norms)
             if norm == 0 and targets:
                 status = _report_no_gradient(progress, targets, compiled=config.train.compile)
                 break
+            # All processes have the same numbers, and find the same.
+            fault = find_fault(progress.history, loss, norm, config.bad_steps)
+            lr = learning_rate(config, progress.step)
+            if fault is None:
+                set_learning_rate(engine, lr)
+                update(engine)
+                history = progress.history.learnt(loss, config.bad_steps) if targets else progress.history
+            else:
+                discard_gradients(engine)
+                history = progress.history.skip(progress.step + 1, step.samples, config.bad_steps)
+                within_budget = len(history.skipped) <= config.bad_steps.budget
+                if tracker:
+                    found = bad_step_record(fault, step.samples, loss, layer_norms, skipped=within_budget)
+                    tracker.bad_step(progress.step + 1, found)
+                say(progress_line(config, progress.step + 1, {}, pace, fault))
+                if not within_budget:
+                    status, over_budget = BAD_NUMBERS, history
+                    break
             tokens_before = progress.tokens
             progress = replace(
-                progress, step=progress.step + 1, tokens=tokens_before + config.train.tokens_per_step, data=step.state
+                progress,
+                step=progress.step + 1,
+                tokens=tokens_before + config.train.tokens_per_step,
+                data=step.state,
+                history=history,
             )
             pace.end_step()
 
             last, scores = progress.step == config.steps, None
             if tracker:
-                metrics = {
-                    "train/loss": loss,
-                    "train/grad_norm": norm,
-                    "train/lr": lr,
-                    "train/tokens": progress.tokens,
-                    **pace.metrics,
-                }
+                metrics = {"train/lr": lr, "train/tokens": progress.tokens, **pace.metrics}
+                if fault is None:
+                    metrics |= {"train/loss": loss, "train/grad_norm": norm}
+                if skipped := history.counted(progress.step, config.bad_steps):
+                    metrics["train/skipped_steps"] = len(skipped)
                 logged = progress.step % config.train.log_every == 0 or last
                 tracker.log(progress.step, metrics | (system_metrics() if logged else {}))
-                if logged or progress.step == 1:
-                    say(progress_line(config, progress, metrics, pace))
+                if (logged or progress.step == 1) and fault is None:
+                    say(progress_line(config, progress.step, metrics, pace))
             if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
                 scores = score()
                 pace.pause()
@@ -221,12 +252,19 @@ def train(config: RunConfig, processes: Processes) -> int:
                 save(scores)
                 saved_step = progress.step
                 pace.pause()
-        if status == STOPPED and saved_step != progress.step:
+        if (status == STOPPED or over_budget) and saved_step != progress.step:
             save()
+        if over_budget:
+            processes.once(lambda: record_stop(directory, attempt, over_budget))
+            say(over_budget_message(over_budget, config.bad_steps))
         if status == FINISHED:
             processes.once(lambda: directory.finish(progress.step, progress.tokens))
             say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
         outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
+        watchdog.enter("wait")
+    except Exception as error:
+        watchdog.failed(error)
+        raise
     finally:
         steps.close()
         if tracker and (message := tracker.close(outcome)):
@@ -238,12 +276,21 @@ def train(config: RunConfig, processes: Processes) -> int:
     return status
 
 
-def _choose_start(config: RunConfig, directory: RunDirectory, training: Mixture, processes: Processes) -> Path | None:
-    """The checkpoint to continue from, agreed by all processes; None to start anew."""
+def _choose_start(
+    config: RunConfig, directory: RunDirectory, training: Mixture, processes: Processes
+) -> tuple[Path | None, Rollback | None]:
+    """The checkpoint to continue from, agreed by all processes; None to start anew. With it, a rollback to do."""
     processes.once(lambda: directory.check(config.run.resume))
     if not processes.once(lambda: directory.exists):
-        return None
-    checkpoint, passed_over = newest_usable(directory.checkpoints, processes)
+        return None, None
+    processes.once(lambda: set_aside(directory))
+    back = plan_rollback(directory, processes) if config.bad_steps.rollback else None
+    passed_over: list[str] = []
+    checkpoint: Path | None
+    if back:
+        checkpoint = directory.checkpoints / back.checkpoint
+    else:
+        checkpoint, passed_over = newest_usable(directory.checkpoints, processes)
 
     def check() -> None:
         for reason in passed_over:
@@ -259,20 +306,12 @@ def _choose_start(config: RunConfig, directory: RunDirectory, training: Mixture,
             )
 
     processes.once(check)
-    return checkpoint
+    return checkpoint, back
 
 
 def _passed(every: int | None, before: int, now: int) -> bool:
     """Whether a multiple of `every` tokens lies in (before, now]."""
     return every is not None and now // every > before // every
-
-
-def _report_bad_numbers(progress: Progress, what: str, value: float, samples: list[int]) -> int:
-    say(
-        f"error: the {what} of step {progress.step + 1} is {value}; its samples: {samples}. The step was not saved: "
-        "resume from the last checkpoint with a lower optimizer.lr"
-    )
-    return BAD_NUMBERS
 
 
 def _report_no_gradient(progress: Progress, targets: int, *, compiled: bool) -> int:

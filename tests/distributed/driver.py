@@ -1,26 +1,32 @@
 """Runs several cases in one launch, since starting DeepSpeed costs more than training these models.
 
 Started by the deepspeed launcher with a JSON file: a list of {"config", "overrides", "action"}. The action is
-"train" (with "stop_after": steps after which a STOP file appears), "gradients" (the first step's, to "output") or
-"resave" (load the only checkpoint of the run "source", save it into the folder "output").
+"train" (with "stop_after": steps after which a STOP file appears, and "spoil": what goes wrong in the last process in
+the step that begins with a sample), "gradients" (the first step's, to "output") or "resave" (load the only checkpoint
+of the run "source", save it into the folder "output").
 """
 
 import json
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch  # noqa: E402
 
+from launch import trainer  # noqa: E402
 from launch.checkpoint import load_checkpoint, read_manifest, save_checkpoint  # noqa: E402
 from launch.config import RunConfig, accumulation_steps, load_run_config  # noqa: E402
 from launch.engine import Processes, build_engine, start_processes  # noqa: E402
 from launch.evaluate import to_device  # noqa: E402
 from launch.trainer import open_datasets, open_steps, open_stream, train  # noqa: E402
+from pipeline.prefetch import Step, StepLoader  # noqa: E402
 
 
 def main() -> int:
@@ -39,7 +45,8 @@ def main() -> int:
             continue
         if processes.rank == 0 and "stop_after" in case:
             threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
-        statuses.append(train(config, processes))
+        with spoilt(case.get("spoil", {}), processes):
+            statuses.append(train(config, processes))
         assert "prefetch" not in [thread.name for thread in threading.enumerate()], "a thread outlived its run"
     if processes.rank == 0:
         spec.with_suffix(".statuses").write_text(json.dumps(statuses))
@@ -52,6 +59,39 @@ def stop_after(run_dir: Path, steps: int) -> None:
     while not metrics.exists() or metrics.read_text().count('"train/loss"') < steps:
         time.sleep(0.002)
     (run_dir / "STOP").touch()
+
+
+@contextmanager
+def spoilt(faults: dict[str, str], processes: Processes) -> Iterator[None]:
+    """Let the last process's first micro batch of the named steps go wrong: loss, gradient, spike, hang or fail."""
+    pending: list[str] = []
+    next_step = StepLoader.next
+
+    def take(loader: StepLoader) -> Step:
+        step = next_step(loader)
+        pending[:] = [faults[str(step.samples[0])]] if str(step.samples[0]) in faults else []
+        return step
+
+    def spoil(module: torch.nn.Module, inputs: Any, summed: torch.Tensor) -> torch.Tensor:
+        if not module.training or not pending or processes.rank != processes.world_size - 1:
+            return summed
+        fault = pending.pop()
+        if fault == "hang":
+            time.sleep(3600)
+        if fault == "fail":
+            raise RuntimeError("made up")
+        if fault == "gradient":
+            summed.register_hook(lambda gradient: gradient * torch.inf)
+            return summed
+        return summed * {"loss": torch.nan, "spike": 5.0}[fault]
+
+    def build_spoilt(config: RunConfig, processes: Processes) -> Any:
+        engine = build_engine(config, processes)
+        engine.module.register_forward_hook(spoil)
+        return engine
+
+    with mock.patch.object(StepLoader, "next", take), mock.patch.object(trainer, "build_engine", build_spoilt):
+        yield
 
 
 def gradients(config: RunConfig, processes: Processes, output: Path) -> None:

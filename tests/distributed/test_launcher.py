@@ -1,4 +1,4 @@
-"""What the deepspeed launcher passes on: user errors, requests to stop, and its own death."""
+"""What the deepspeed launcher passes on: user errors, requests to stop, its own death, and that of processes."""
 
 import json
 import os
@@ -128,3 +128,85 @@ def test_a_signal_to_one_rank_saves_and_a_dead_launcher_does_too(
     assert re.search(r"continuing from step-0*" + str(saved["step"]), output)
     assert "stopping: the launcher is gone" in output
     assert newest_manifest(run_dir)["step"] == steps_recorded(run_dir) > saved["step"]
+
+
+def no_process_left(processes: list[psutil.Process]) -> bool:
+    return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+
+def test_a_process_that_hangs_ends_the_job_with_its_phase_and_everyones_stacks(
+    start: Start, run_config: Path, tmp_path: Path
+) -> None:
+    limits = ["watchdog.forward=4", "watchdog.backward=60"]
+    overrides = [f"run.dir={tmp_path / 'run'}", *limits]
+    case = {"config": str(run_config), "overrides": overrides, "action": "train", "spoil": {"24": "hang"}}
+    (tmp_path / "cases.json").write_text(json.dumps([case]))
+    job = start("tests/distributed/driver.py", str(tmp_path / "cases.json"))
+    wait_for(lambda: steps_recorded(tmp_path / "run") == 3)
+    processes, began = descendants(job.pid), time.monotonic()
+    output, _ = job.communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert job.returncode == 71, output
+    assert re.search(
+        r"error: rank 1 \(pid \d+ on .+\) has been silent in phase forward for [4-9] s; allowed: 4 s", output
+    )
+    assert output.count("has been silent") == 1
+    stacks = dict(re.findall(r"rank (\d) .* in phase (\w+), its threads:\n", output))
+    assert stacks == {"0": "backward", "1": "forward"}
+    assert re.search(r'driver.py", line \d+ in spoil', output)
+    assert no_process_left(processes)
+
+
+def test_a_process_that_fails_ends_the_job_with_its_name_and_error(
+    start: Start, run_config: Path, tmp_path: Path
+) -> None:
+    case = {"config": str(run_config), "overrides": [f"run.dir={tmp_path / 'run'}"], "action": "train"}
+    (tmp_path / "cases.json").write_text(json.dumps([case | {"spoil": {"24": "fail"}}]))
+    job = start("tests/distributed/driver.py", str(tmp_path / "cases.json"))
+    wait_for(lambda: steps_recorded(tmp_path / "run") == 3)
+    processes, began = descendants(job.pid), time.monotonic()
+    output, _ = job.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert job.returncode in (1, 71), output
+    assert re.search(r"error: rank 1 \(.+\) failed in phase forward: RuntimeError: made up; the job ends", output)
+    assert "Traceback" in output
+    assert no_process_left(processes)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_stopped_is_woken_for_its_stacks_and_ended(
+    start: Start, run_config: Path, tmp_path: Path, rank: int
+) -> None:
+    limits = [f"watchdog.{phase}=6" for phase in ("data", "forward", "backward", "step")]
+    arguments = ["launch/train.py", str(run_config), f"run.dir={tmp_path / 'run'}", f"train.tokens={ENDLESS}"]
+    job = start(*arguments, *limits)
+    wait_for(lambda: steps_recorded(tmp_path / "run") >= 3)
+    processes = descendants(job.pid)
+    victim = next(process for process in ranks(job.pid) if f"--local_rank={rank}" in process.cmdline())
+    began = time.monotonic()
+    victim.send_signal(signal.SIGSTOP)
+    output, _ = job.communicate(timeout=60)
+    assert time.monotonic() - began < 30
+    assert job.returncode == 71, output
+    assert f"error: rank {rank} (pid {victim.pid} on " in output
+    assert "has been silent in phase " in output
+    assert set(re.findall(r"rank (\d) .* its threads:\n", output)) == {"0", "1"}
+    assert no_process_left(processes)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_job_at_once_with_its_name(
+    start: Start, run_config: Path, tmp_path: Path, rank: int
+) -> None:
+    job = start("launch/train.py", str(run_config), f"run.dir={tmp_path / 'run'}", f"train.tokens={ENDLESS}")
+    wait_for(lambda: steps_recorded(tmp_path / "run") >= 3)
+    processes = descendants(job.pid)
+    victim = next(process for process in ranks(job.pid) if f"--local_rank={rank}" in process.cmdline())
+    began = time.monotonic()
+    victim.kill()
+    output, _ = job.communicate(timeout=60)
+    assert time.monotonic() - began < 10
+    assert job.returncode not in (0, 2, 70, 75), output
+    assert f"error: rank {rank} (pid {victim.pid} on " in output
+    assert "is gone: killed" in output
+    assert no_process_left(processes)

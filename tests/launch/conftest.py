@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from launch.checkpoint import _digest
+from launch.engine import Processes
 from pipeline.atomic import hash_file
 
 RIGHT: dict[str, Any] = {
@@ -44,7 +46,7 @@ def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attemp
     for number, name in enumerate(names):
         (checkpoint / name).write_bytes(random.Random(f"{step} {number} {attempt}").randbytes(300 + number))
         files[name] = {"size": 300 + number, "sha256": hash_file(checkpoint / name)}
-    manifest = {"format_version": 2, "step": step, "run_uid": run_uid, "files": files}
+    manifest = {"format_version": 2, "step": step, "attempt": attempt, "run_uid": run_uid, "files": files}
     (checkpoint / "manifest.json").write_text(
         json.dumps(manifest | {"sha256": _digest(manifest)}, separators=(",", ":"))
     )
@@ -56,3 +58,22 @@ def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attemp
 def write_checkpoint() -> Callable[..., Path]:
     """Write a checkpoint of a step, with files and manifest as they should be but nothing of a model in them."""
     return written_checkpoint
+
+
+class Alone(Processes):
+    """One process without a process group."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, torch.device("cpu"), None)
+
+    def once(self, action: Callable[[], Any]) -> Any:
+        return action()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@pytest.fixture
+def alone() -> Processes:
+    """The only process of a run, without a process group."""
+    return Alone()

@@ -1,6 +1,7 @@
 """Every record reaches MLflow once, in the store at once or after a server that was dead."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from launch.bad_steps import bad_step_record
 from launch.config import RunConfig, load_run_config
 from launch.datasets_used import dataset_facts
 from launch.engine import free_port
 from launch.replay import Sender
+from launch.rollback import Rollback, carry_out
 from launch.run_directory import RunDirectory
 from launch.tracking import Tracker, last_attempt, run_facts
 from pipeline.shards import TokenDataset
@@ -113,6 +116,37 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert len(run.outputs.model_outputs) == 1
     assert (directory.path / "artifacts").is_dir()
     assert not Path("mlruns").exists()
+
+
+def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:
+    tracker = Tracker(directory, quiet(config), attempt=0)
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.log(2, {"train/loss": 2.0})
+    tracker.bad_step(3, bad_step_record("loss nan", [16, 17], math.nan, {"norm": math.nan}, skipped=False))
+    tracker.close("FAILED")
+    Sender(directory).send_new()
+    parent = stored_run(directory)
+    assert json.loads(parent.data.tags["bad_step.3"])["samples"] == [16, 17]
+
+    carry_out(directory, Rollback(0, "step-00000001", 1, (3,), ((16, 18),)))
+    tracker = Tracker(directory, quiet(config), attempt=1)
+    tracker.log(2, {"train/loss": 20.0})
+    tracker.close("FINISHED")
+    Sender(directory).send_new()
+    child = stored_run(directory)
+    tags = child.data.tags
+    assert tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (tags["rollback.step"], tags["rollback.samples"]) == ("1", "16–17")
+    assert child.info.status == "FINISHED"
+    assert len(child.inputs.dataset_inputs) == 1
+    assert history(directory, "train/loss") == [(2, 20.0)]
+
+    # A sender that lost its place finds both runs again.
+    state = json.loads(directory.tracking.read_text())
+    directory.tracking.write_text(json.dumps({"uri": state["uri"], "offset": 0}))
+    Sender(directory).send_new()
+    assert stored_run(directory).info.run_id == child.info.run_id
+    assert history(directory, "train/loss") == [(2, 20.0)]
 
 
 def test_a_restart_with_another_validation_set_adds_it(config: RunConfig, directory: RunDirectory) -> None:

@@ -79,6 +79,26 @@ def test_a_run_without_any_gradient_stops(config: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
+def test_budget_0_stops_at_the_first_bad_step_and_a_rollback_says_where_it_goes(config: Path, tmp_path: Path) -> None:
+    """The first update at this rate makes every later loss nan."""
+    spoilt = ["optimizer.lr=1e30", "bad_steps.budget=0", "checkpoint.every_tokens=512"]
+    done = train(config, *spoilt)
+    assert done.returncode == 70, done.stderr
+    assert "step 2/8  BAD, not learnt from: loss nan" in done.stdout
+    assert "over bad_steps.budget 0: step 2 (samples 8–15)" in done.stdout
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("step-*")] == ["step-00000001"]
+    back = train(config, *spoilt, "--rollback")
+    assert back.returncode == 70, back.stderr
+    assert "going back to step-00000001, before the bad steps 2; passing over samples 8–15" in back.stdout
+    assert "over bad_steps.budget 0: step 2 (samples 16–23)" in back.stdout
+
+
+def test_a_rollback_needs_a_run_that_is_over_its_budget(copied: Path) -> None:
+    done = train(copied / "run.yaml", "--rollback", "train.tokens=4096")
+    assert done.returncode == 2
+    assert "did not stop over its budget of bad steps; --resume continues it" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def finished(prepared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 4 steps with a checkpoint after 2 and 4."""

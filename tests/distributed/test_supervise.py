@@ -1,0 +1,116 @@
+"""A run under `launch.supervise`: killed, told to stop, finished; and when it is not started again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launch.supervise import members, read_command
+from pipeline.errors import UserError
+from tests.distributed.test_launcher import ENDLESS, newest_manifest, steps_recorded, wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+SUPERVISE = [sys.executable, "-m", "launch.supervise", "--wait", "0", "--restarts", "2", "--"]
+
+
+def attempts(run_dir: Path) -> int:
+    """Of which steps were recorded."""
+    if not (run_dir / "metrics.jsonl").exists():
+        return 0
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return len({json.loads(line)["attempt"] for line in lines if '"train/loss"' in line})
+
+
+def run_ranks(supervisor: int) -> list[psutil.Process]:
+    children = psutil.Process(supervisor).children(recursive=True)
+    return [child for child in children if any(word == "launch/train.py" for word in child.cmdline()[:3])]
+
+
+def test_a_killed_run_goes_on_and_a_signal_to_the_supervisor_stops_it_cleanly(
+    launcher_command: Callable[[int], list[str]],
+    launcher_environment: dict[str, str],
+    run_config: Path,
+    tmp_path: Path,
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    arguments = ["launch/train.py", str(run_config), f"run.dir={run_dir}", f"checkpoint.every_tokens={512 * 25}"]
+    command = [*SUPERVISE, *launcher_command(2), *arguments]
+    environment = launcher_environment | {"PYTHONPATH": str(ROOT)}
+    with open(log, "w") as file:
+        job = subprocess.Popen(
+            [*command, f"train.tokens={ENDLESS}"],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: (run_dir / "checkpoints/latest").exists())
+        sessions = [os.getsid(process.pid) for process in run_ranks(job.pid)]
+        run_ranks(job.pid)[1].kill()
+        wait_for(lambda: attempts(run_dir) == 2)
+        sessions += [os.getsid(process.pid) for process in run_ranks(job.pid)]
+        job.send_signal(signal.SIGTERM)
+        status = job.wait(60)
+        output = log.read_text()
+        assert status == 75, output
+    finally:
+        for process in psutil.Process(job.pid).children(recursive=True) if job.poll() is None else ():
+            process.kill()
+        job.kill()
+        job.wait()
+    assert "is gone: killed" in output
+    assert "starting it again (without a new checkpoint: 0 of 2 times)" in output
+    assert "continuing from step-0" in output
+    assert "stopping: received SIGTERM" in output
+    assert not any(members(session) for session in sessions)
+    saved = newest_manifest(run_dir)["step"]
+    assert steps_recorded(run_dir) >= saved > 25
+
+    done = subprocess.run(
+        [*command, f"train.tokens={512 * (saved + 2)}"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_dir / "DONE").read_text())["step"] == saved + 2
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected", "starts"),
+    [([2], 2, 1), ([70], 70, 1), ([1, 75], 75, 2), ([0, 247, 71], 71, 3), ([-9, -9, -9], 137, 3)],
+)
+def test_what_is_started_again(
+    run_config: Path, tmp_path: Path, statuses: list[int], expected: int, starts: int
+) -> None:
+    """A stand-in ends with one status after the other: 0 is no end without DONE, and 3 in a row are too many."""
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, sys\n"
+        f"count = pathlib.Path({str(tmp_path / 'count')!r})\n"
+        "started = int(count.read_text()) if count.exists() else 0\n"
+        "count.write_text(str(started + 1))\n"
+        f"status = {statuses}[started]\n"
+        "os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)\n"
+    )
+    command = [*SUPERVISE, sys.executable, str(tmp_path / "train.py"), str(run_config), f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == expected, done.stderr
+    assert (tmp_path / "count").read_text() == str(starts)
+    assert ("given up after 3 times in a row" in done.stderr) == (starts == 3)
+
+
+def test_commands_that_cannot_be_supervised(run_config: Path) -> None:
+    with pytest.raises(UserError, match=r"no launch/train\.py in the command"):
+        read_command(["deepspeed"])
+    with pytest.raises(UserError, match="no config behind"):
+        read_command(["deepspeed", "launch/train.py"])
+    with pytest.raises(UserError, match="--resume: leave it out"):
+        read_command(["deepspeed", "launch/train.py", str(run_config), "--resume"])
+    command, config = read_command(["deepspeed", "launch/train.py", str(run_config), "run.dir=here"])
+    assert command[-1] == "run.resume=auto"
+    assert config.run.dir.name == "here"
