@@ -122,27 +122,27 @@ def steps(run: Path) -> list[int]:
 def test_a_job_at_its_time_limit_saves_is_queued_again_and_goes_on(
     cluster: dict[str, str], run_config: Path, tmp_path: Path
 ) -> None:
-    run, output, last = tmp_path / "run", tmp_path / "job.out", 300
+    run, output, last = tmp_path / "run", tmp_path / "job.out", 100
     number = submit(cluster, output, str(run_config), f"run.dir={run}", f"train.tokens={last * 512}")
-    wait_for(lambda: len(steps(run)) > 5, 120)
+    wait_for(lambda: len(steps(run)) > 5, 240)
     shell(cluster, "scancel", "--batch", "--signal=USR1", number)  # as SLURM does it two minutes ahead
-    wait_for(lambda: job(cluster, number)["Restarts"] == "1", 60)
+    wait_for(lambda: job(cluster, number)["Restarts"] == "1", 120)
     assert "received SIGUSR1" in output.read_text()
     assert not (run / "DONE").exists()
     shell(
         cluster, "scontrol", "update", f"JobId={number}", "StartTime=now"
     )  # SLURM lets such a job wait for two minutes
-    wait_for((run / "DONE").exists, 180)
-    wait_for(lambda: job(cluster, number)["JobState"] == "COMPLETED", 60)
+    wait_for((run / "DONE").exists, 300)
+    wait_for(lambda: job(cluster, number)["JobState"] == "COMPLETED", 120)
     assert steps(run) == list(range(1, last + 1))  # no step lost, none taken twice
 
 
 def test_a_stop_file_ends_a_job_for_good(cluster: dict[str, str], run_config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     number = submit(cluster, tmp_path / "job.out", str(run_config), f"run.dir={run}", "train.tokens=51200000")
-    wait_for(lambda: len(steps(run)) > 2, 120)
+    wait_for(lambda: len(steps(run)) > 2, 240)
     (run / "STOP").touch()
-    wait_for(lambda: job(cluster, number)["JobState"] == "FAILED", 60)
+    wait_for(lambda: job(cluster, number)["JobState"] == "FAILED", 120)
     told = job(cluster, number)
     assert (told["ExitCode"], told["Restarts"]) == ("75:0", "0")
 
@@ -150,7 +150,7 @@ def test_a_stop_file_ends_a_job_for_good(cluster: dict[str, str], run_config: Pa
 def test_a_user_error_ends_a_job_at_once(cluster: dict[str, str], run_config: Path, tmp_path: Path) -> None:
     output = tmp_path / "job.out"
     number = submit(cluster, output, str(run_config), f"run.dir={tmp_path / 'run'}", "train.tokns=1")
-    wait_for(lambda: job(cluster, number)["JobState"] == "FAILED", 120)
+    wait_for(lambda: job(cluster, number)["JobState"] == "FAILED", 240)
     assert job(cluster, number)["ExitCode"] == "2:0"
     assert output.read_text().count("error: ") == 1 + output.read_text().count("srun: error: ")
     assert not (tmp_path / "run").exists()

@@ -7,6 +7,8 @@ from torch import Tensor
 from flash_model.add_norm_linear import add_norm_linear
 from flash_model.norms import normalize
 
+pytestmark = pytest.mark.gpu
+
 DEVICE = "cuda"
 NAMES = ("x", "update", "gain", "shift", "weight", "bias")
 both_norms = pytest.mark.parametrize("center", [True, False], ids=["layernorm", "scalenorm"])
