@@ -105,10 +105,10 @@ def own_kernel_groups() -> dict[str, str]:
 
     import flash_model
 
+    outside = {"flash_model.triton_cross_entropy": "head", "flash_model.triton_add_norm": "norms"}
     groups: dict[str, str] = {}
     for module in pkgutil.walk_packages(flash_model.__path__, "flash_model."):
         if module.name.rpartition(".")[2].startswith("triton_"):
-            outside = {"flash_model.triton_cross_entropy": "head", "flash_model.triton_add_norm": "norms"}
             members = vars(importlib.import_module(module.name))
             group = outside.get(module.name, "op")
             groups |= {name: group for name, member in members.items() if isinstance(member, triton.JITFunction)}

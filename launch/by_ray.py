@@ -16,8 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch.config import load_run_config
 from pipeline.cluster import check_reachable
-from pipeline.errors import USER_ERROR_EXIT, UserError
+from pipeline.errors import USER_ERROR_EXIT, UserError, run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 _PLACEMENT_SECONDS = 60
@@ -58,11 +59,8 @@ class NodeProcesses:
             if failed_at is not None and time.monotonic() > failed_at + _GRACE_SECONDS:
                 self._send(signal.SIGKILL)
             time.sleep(_CHECK_SECONDS)
-        return [
-            status if status >= 0 else 128 - status
-            for process in self._processes
-            if (status := process.wait()) is not None
-        ]
+        statuses = [process.wait() for process in self._processes]
+        return [status if status >= 0 else 128 - status for status in statuses]
 
     def signal(self, number: int) -> None:
         """Send a signal to every process, also to those that are yet to start."""
@@ -200,17 +198,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--resume", action="store_true", help="continue the run; the same as run.resume=must")
     arguments = parser.parse_intermixed_args()
-    try:
-        from launch.config import load_run_config
-
-        load_run_config(arguments.config, arguments.overrides, resume=arguments.resume)
-        connect()
-        passed = [str(Path(arguments.config).resolve()), *arguments.overrides, *["--resume"] * arguments.resume]
-        return run(passed, arguments.nodes, arguments.processes_per_node)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR_EXIT
+    load_run_config(arguments.config, arguments.overrides, resume=arguments.resume)
+    connect()
+    passed = [str(Path(arguments.config).resolve()), *arguments.overrides, *["--resume"] * arguments.resume]
+    return run(passed, arguments.nodes, arguments.processes_per_node)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
