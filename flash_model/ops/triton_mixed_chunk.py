@@ -24,8 +24,6 @@ from flash_model.ops.triton_mixed_chunk_heads import (
     heads_kernel,
     parameter_sums_kernel,
     partial_sums_kernel,
-    quad_backward_kernel,
-    scores_kernel,
 )
 from flash_model.ops.triton_mixed_chunk_launches import LAUNCHES, Launch
 from flash_model.ops.triton_mixed_chunk_pipeline import (
@@ -55,6 +53,7 @@ class _Call:
     """What every kernel of one call needs: tensors, sizes, launches."""
 
     inputs: Inputs
+    bias: Tensor | None  # (2E + S,), of the projection
     B: int
     T: int
     G: int
@@ -63,7 +62,7 @@ class _Call:
     E: int
 
     @classmethod
-    def of(cls, inputs: Inputs) -> "_Call":
+    def of(cls, inputs: Inputs, projection_bias: Tensor | None) -> "_Call":
         B, T, width = inputs.uvz.shape
         S, C = inputs.gamma.shape[1], inputs.chunk_size
         inputs = inputs._replace(
@@ -74,7 +73,8 @@ class _Call:
             doc_ids=None if inputs.doc_ids is None else inputs.doc_ids.contiguous(),
             state_sum=None if inputs.state_sum is None else inputs.state_sum.contiguous(),
         )
-        return cls(inputs, B, T, -(-T // C), C, S, (width - S) // 2)
+        projection_bias = None if projection_bias is None else projection_bias.contiguous()
+        return cls(inputs, projection_bias, B, T, -(-T // C), C, S, (width - S) // 2)
 
     @property
     def docs(self) -> bool:
@@ -160,8 +160,8 @@ class _Heads(NamedTuple):
     Beside lin_q (forward) or lin_k (backward) stand the scores' weights, so that products with both are one.
     """
 
-    quad_q: Tensor  # (N, C, S)
-    quad_k: Tensor
+    quad_q: Tensor | None  # (N, C, S), for backward
+    quad_k: Tensor | None
     own_q: Tensor | None  # (N, C, S), only where own chunks are read linearly
     own_k: Tensor | None
     queries: Tensor  # (N, C, L + C): lin_q, weights; backward (N, C, L): lin_q
@@ -173,17 +173,14 @@ def _make_heads(call: _Call, *, backward: bool) -> _Heads:
     inputs, N, C, S, L = call.inputs, call.N, call.C, call.S, call.L
     own_q, own_k, relu = (call.new(N, C, S), call.new(N, C, S), call.new(N, C, C)) if call.two else (None,) * 3
     queries, keys = call.new(N, C, L if backward else L + C), call.new(N, C, C + L if backward else L)
-    heads = _Heads(call.new(N, C, S), call.new(N, C, S), own_q, own_k, queries, keys, relu)
+    quad_q, quad_k = (call.new(N, C, S), call.new(N, C, S)) if backward else (None, None)
+    heads = _Heads(quad_q, quad_k, own_q, own_k, queries, keys, relu)
     launch = call.launch("heads")
     heads_kernel[(C // launch.blocks["ROWS"], N)](
-        inputs.uvz, inputs.gamma, inputs.beta, *call.head_arguments(), *heads[:4], queries,
-        keys[..., C:] if backward else keys, call.T, call.G, *call.uvz_strides, **call.head_constants(),
-        WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], **launch.options(),
-    )  # fmt: skip
-    launch = call.launch("scores")
-    scores_kernel[(call.score_tiles(launch), N)](
-        inputs.bias, inputs.doc_ids, *heads[:4], keys if backward else queries[..., L:], relu, call.T, call.G,
-        S=S, C=C, CAUSAL=inputs.causal, DOCS=call.docs, TRANSPOSED=backward, WIDTH=L + C, **launch.options(),
+        inputs.uvz, call.bias, inputs.gamma, inputs.beta, *call.head_arguments(), inputs.bias, *heads[:4], queries,
+        keys[..., C:] if backward else keys, keys if backward else queries[..., L:], relu,
+        call.T, call.G, *call.uvz_strides, **call.head_constants(), TRANSPOSED=backward,
+        WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], WIDTH=L + C, **launch.options(),
     )  # fmt: skip
     return heads
 
@@ -244,7 +241,7 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
     sums, outputs = call.sum_tiles(launch, "SUMS_E"), call.value_tiles(launch)
     programs = blocks["SLICE"] * (sums + outputs) + triton.cdiv(width, blocks["BLOCK"])
     forward_kernel[((pipe.slices + 2) * programs,)](
-        inputs.uvz, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
+        inputs.uvz, call.bias, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
         pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
         DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, LEAVE=leave, SUMS=sums, OUTPUTS=outputs,
@@ -260,7 +257,7 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
     extents = {"E": call.E, "L": call.L, "C": call.C, "WHOLE": call.whole}
     states, values = call.new(call.B, call.G, call.L, call.E), call.new(call.N, call.C, call.E)
     chunk_sums_kernel[(call.sum_tiles(launch), call.N)](
-        inputs.uvz, heads.keys, values, states, *sizes, **extents, **launch.options()
+        inputs.uvz, call.bias, heads.keys, values, states, *sizes, **extents, **launch.options()
     )
     if call.two:
         _scan_routes(call, states, adjoint=False)
@@ -268,18 +265,21 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
         states = _total(states)
     launch, out = call.launch("output"), call.new(call.B, call.T, call.E)
     output_kernel[(call.value_tiles(launch), call.N)](
-        inputs.uvz, heads.queries, states, values, out, *sizes, *call.state_strides(states),
+        inputs.uvz, call.bias, heads.queries, states, values, out, *sizes, *call.state_strides(states),
         **extents, **launch.options(),
     )  # fmt: skip
     return out, states
 
 
-def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(
+    inputs: Inputs, projection_bias: Tensor | None = None, *, return_state: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return out (B, T, E), the sum, count and document of the state that leaves, and the states for `backward`.
 
-    Without return_state the parts of the state are empty tensors.
+    projection_bias (2E + S,): what is still to be added to uvz. Without return_state the parts of the state are empty
+    tensors.
     """
-    call = _Call.of(inputs)
+    call = _Call.of(inputs, projection_bias)
     inputs = call.inputs
     heads = _make_heads(call, backward=False)
     if not inputs.causal:
@@ -342,7 +342,7 @@ def _backward_causal(
     gates, tiles = call.sum_tiles(launch, "GATE_E"), call.product_tiles(launch)
     programs = blocks["SLICE"] * (gates + tiles) + triton.cdiv(width, blocks["BLOCK"])
     backward_kernel[((pipe.slices + 2) * programs,)](
-        inputs.uvz, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
+        inputs.uvz, call.bias, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
         grads.scores, grads.lin_q, grads.lin_k, grads.u_sums, grads.v_sums, pipe.counters, pipe.carry, grad_left,
         pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, S=call.S, L=call.L, C=call.C,
@@ -360,7 +360,7 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
     grads = _new_gradients(call, call.C // products.blocks["ROWS"])
     grad_attended, grad_states = call.new(call.N, call.C, call.E), call.new(call.B, call.G, call.L, call.E)
     gate_backward_kernel[(call.sum_tiles(gate), call.N)](
-        inputs.uvz, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
+        inputs.uvz, call.bias, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
         **extents, **gate.options(),
     )  # fmt: skip
     if call.two:
@@ -369,33 +369,27 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
         grad_states = _total(grad_states)
     tiles = call.product_tiles(products)
     products_backward_kernel[(tiles, call.N)](
-        inputs.uvz, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
+        inputs.uvz, call.bias, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
         grads.scores, grads.weights, grads.lin_q, grads.lin_k, grads.v_sums, *sizes, *call.state_strides(states),
         DOCS=call.docs, TILES=tiles, **extents, **products.options(),
     )  # fmt: skip
     return grads
 
 
-def _quad_backward(call: _Call, q: Tensor, k: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k (N, C, S) of q kᵀ, whose transposed gradient is grad (N, C, C)."""
-    launch = call.launch("quad_backward")
-    grads = torch.empty_like(q), torch.empty_like(k)
-    tiles = 2 * (call.C // launch.blocks["ROWS"]) * (call.S // launch.blocks["BLOCK_S"])
-    quad_backward_kernel[(tiles, call.N)](
-        q, k, grad, *grads, S=call.S, C=call.C, CAUSAL=call.inputs.causal, **launch.options()
-    )
-    return grads
-
-
 def backward(
-    grad_out: Tensor, grad_left: Tensor | None, inputs: Inputs, out: Tensor, states: Tensor
+    grad_out: Tensor,
+    grad_left: Tensor | None,
+    inputs: Inputs,
+    projection_bias: Tensor | None,
+    out: Tensor,
+    states: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of uvz, gamma, beta, bias and the sum of the state that entered, each in its input's dtype,
     and the sums (2E + S,) of uvz's over all tokens, in float32.
 
     out and states are what `forward` returned. Where no state entered, its gradient is an empty tensor.
     """
-    call = _Call.of(inputs)
+    call = _Call.of(inputs, projection_bias)
     inputs, N, C, S = call.inputs, call.N, call.C, call.S
     grad_out, out = grad_out.contiguous(), out.contiguous()
     heads = _make_heads(call, backward=True)
@@ -406,16 +400,12 @@ def backward(
     else:
         grads = _backward_bidirectional(call, heads, grad_out, out, states)
 
-    grad_quad = _quad_backward(call, heads.quad_q, heads.quad_k, grads.scores)
-    grad_own: tuple[Tensor | None, Tensor | None] = (None, None)
-    if heads.own_q is not None and heads.own_k is not None and grads.weights is not None:
-        grad_own = _quad_backward(call, heads.own_q, heads.own_k, grads.weights)
     launch = call.launch("heads_backward")
     blocks = C // launch.blocks["ROWS"]
     partial = call.new(N * blocks, 9 * S, dtype=torch.float32)
     heads_backward_kernel[(blocks, N)](
-        inputs.uvz, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k, grads.uvz,
-        partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
+        inputs.uvz, call.bias, inputs.gamma, *call.head_arguments(), *heads[:4], grads.scores, grads.weights,
+        grads.lin_q, grads.lin_k, grads.uvz, partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
     )  # fmt: skip
     grad_bias = torch.empty_like(inputs.bias)
     diagonals_kernel[(2 * C - 1,)](
