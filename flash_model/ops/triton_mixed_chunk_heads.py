@@ -298,32 +298,24 @@ def heads_backward_kernel(
     present = pair < H
     chunk = n.to(tl.int64) * C
     first_row = tl.program_id(0) * ROWS
-    quad_q1, quad_q2 = _product_backward(
-        grad_scores_ptr, quad_k_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, False, ROWS, STEP, STAGES
-    )
-    quad_k1, quad_k2 = _product_backward(
-        grad_scores_ptr, quad_q_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, True, ROWS, STEP, STAGES
-    )
     row = first_row + tl.arange(0, ROWS)
     t = g * C + row
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
-    z1, z2 = _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
-    a1, a2 = silu(z1), silu(z2)
-    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
     place_lin = (chunk + row)[:, None] * L + pair[None, :]
     here = present[None, :]
 
+    x1, x2 = _product_backward(
+        grad_scores_ptr, quad_k_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, False, ROWS, STEP, STAGES
+    )
+    z1, z2 = _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    a1, a2 = silu(z1), silu(z2)
+    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     grad_a1, grad_a2 = rotated_head_backward(
-        quad_q1 / C, quad_q2 / C, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, 4, S
+        x1 / C, x2 / C, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, 4, S
     )  # fmt: skip
-    x1, x2 = rotated_head_backward(
-        quad_k1 / C, quad_k2 / C, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, 4, S
-    )  # fmt: skip
-    grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
-
     x1, x2 = _load_pair(grad_lin_q_ptr + place_lin, here, H)
     x1, x2 = x1 * read_past[:, None], x2 * read_past[:, None]
     if TWO:
@@ -338,6 +330,17 @@ def heads_backward_kernel(
     )  # fmt: skip
     grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
 
+    # What the keys need is loaded again: kept over this product, it would not fit the registers.
+    x1, x2 = _product_backward(
+        grad_scores_ptr, quad_q_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, True, ROWS, STEP, STAGES
+    )
+    z1, z2 = _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    a1, a2 = silu(z1), silu(z2)
+    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
+    x1, x2 = rotated_head_backward(
+        x1 / C, x2 / C, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, 4, S
+    )  # fmt: skip
+    grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
     x1, x2 = _load_pair(grad_lin_k_ptr + place_lin, here, H)
     x1, x2 = x1 * write_past[:, None], x2 * write_past[:, None]
     if TWO:
