@@ -31,10 +31,10 @@ def add_norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return x + update + update_bias, and normalize(that) · weightᵀ + bias.
 
-    x, update: (..., D), update None: nothing is added, nor its bias, and x itself returned; update_bias (or None), gain,
-    shift: (D,); weight: (P, D); bias: (P,) or None; all of one dtype. On a GPU, in bfloat16 and float32, sum and norm take one
-    pass each way, with update_bias' gradient in it, and the sum is all that is kept for backward: the norm is made
-    again there, on the way.
+    x, update: (..., D), update None: nothing is added, nor its bias, and x itself returned; update_bias (or None),
+    gain, shift: (D,); weight: (P, D); bias: (P,) or None; all of one dtype. On a GPU, in bfloat16 and float32, sum and
+    norm take one pass each way, with update_bias' gradient in it, and the sum is all that is kept for backward: the
+    norm is made again there, on the way.
     """
     if not _has_kernels(x):
         if update is not None and update_bias is not None:
@@ -96,7 +96,7 @@ def _add_norm_linear_backward(
     weight_PD: Tensor,
     center: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of total, of gain, shift and update_bias (3, D), and of weight, each in its input's dtype."""
+    """Return the gradients of total, of gain, shift and update_bias (3, D), and of weight, in their inputs' dtype."""
     from flash_model import triton_add_norm
 
     grad_total_ND = None if grad_total_ND is None else grad_total_ND.contiguous()

@@ -19,7 +19,7 @@ def add_norm_kernel(
     x_ptr, update_ptr, update_bias_ptr, gain_ptr, shift_ptr, total_ptr, normed_ptr, mean_ptr, scale_ptr, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, CENTER: tl.constexpr, HAS_UPDATE: tl.constexpr,
 ):  # fmt: skip
-    """total = x + update + update_bias, what there is of them; its norm; mean and scale (N,) of each row. Grid: (N,)."""
+    """total = x + update + update_bias, what there is of it; its norm; mean and scale (N,) of each row. Grid: (N,)."""
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < D

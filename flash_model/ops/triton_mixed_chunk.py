@@ -24,6 +24,8 @@ from flash_model.ops.triton_mixed_chunk_heads import (
     heads_kernel,
     parameter_sums_kernel,
     partial_sums_kernel,
+    quad_backward_kernel,
+    scores_kernel,
 )
 from flash_model.ops.triton_mixed_chunk_launches import LAUNCHES, Launch
 from flash_model.ops.triton_mixed_chunk_pipeline import (
@@ -53,7 +55,7 @@ class _Call:
     """What every kernel of one call needs: tensors, sizes, launches."""
 
     inputs: Inputs
-    bias: Tensor | None  # (2E + S,), of the projection
+    projection_bias: Tensor | None  # (2E + S,), still to be added to uvz
     B: int
     T: int
     G: int
@@ -129,6 +131,10 @@ class _Call:
         return self.score_tiles(launch) + linear + self.value_tiles(launch)
 
     @property
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        return self.inputs.uvz, self.projection_bias
+
+    @property
     def uvz_strides(self) -> tuple[int, int]:
         return self.inputs.uvz.stride(0), self.inputs.uvz.stride(1)
 
@@ -160,8 +166,8 @@ class _Heads(NamedTuple):
     Beside lin_q (forward) or lin_k (backward) stand the scores' weights, so that products with both are one.
     """
 
-    quad_q: Tensor | None  # (N, C, S), for backward
-    quad_k: Tensor | None
+    quad_q: Tensor  # (N, C, S)
+    quad_k: Tensor
     own_q: Tensor | None  # (N, C, S), only where own chunks are read linearly
     own_k: Tensor | None
     queries: Tensor  # (N, C, L + C): lin_q, weights; backward (N, C, L): lin_q
@@ -173,14 +179,17 @@ def _make_heads(call: _Call, *, backward: bool) -> _Heads:
     inputs, N, C, S, L = call.inputs, call.N, call.C, call.S, call.L
     own_q, own_k, relu = (call.new(N, C, S), call.new(N, C, S), call.new(N, C, C)) if call.two else (None,) * 3
     queries, keys = call.new(N, C, L if backward else L + C), call.new(N, C, C + L if backward else L)
-    quad_q, quad_k = (call.new(N, C, S), call.new(N, C, S)) if backward else (None, None)
-    heads = _Heads(quad_q, quad_k, own_q, own_k, queries, keys, relu)
+    heads = _Heads(call.new(N, C, S), call.new(N, C, S), own_q, own_k, queries, keys, relu)
     launch = call.launch("heads")
     heads_kernel[(C // launch.blocks["ROWS"], N)](
-        inputs.uvz, call.bias, inputs.gamma, inputs.beta, *call.head_arguments(), inputs.bias, *heads[:4], queries,
-        keys[..., C:] if backward else keys, keys if backward else queries[..., L:], relu,
-        call.T, call.G, *call.uvz_strides, **call.head_constants(), TRANSPOSED=backward,
-        WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], WIDTH=L + C, **launch.options(),
+        *call.projection, inputs.gamma, inputs.beta, *call.head_arguments(), *heads[:4], queries,
+        keys[..., C:] if backward else keys, call.T, call.G, *call.uvz_strides, **call.head_constants(),
+        WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], **launch.options(),
+    )  # fmt: skip
+    launch = call.launch("scores")
+    scores_kernel[(call.score_tiles(launch), N)](
+        inputs.bias, inputs.doc_ids, *heads[:4], keys if backward else queries[..., L:], relu, call.T, call.G,
+        S=S, C=C, CAUSAL=inputs.causal, DOCS=call.docs, TRANSPOSED=backward, WIDTH=L + C, **launch.options(),
     )  # fmt: skip
     return heads
 
@@ -241,7 +250,7 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
     sums, outputs = call.sum_tiles(launch, "SUMS_E"), call.value_tiles(launch)
     programs = blocks["SLICE"] * (sums + outputs) + triton.cdiv(width, blocks["BLOCK"])
     forward_kernel[((pipe.slices + 2) * programs,)](
-        inputs.uvz, call.bias, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
+        *call.projection, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
         pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
         DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, LEAVE=leave, SUMS=sums, OUTPUTS=outputs,
@@ -252,12 +261,12 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
 
 def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
     """Return out (B, T, E) and the states (B, G or 1, L, E)."""
-    inputs, launch = call.inputs, call.launch("chunk_sums")
+    launch = call.launch("chunk_sums")
     sizes = (call.T, call.G, *call.uvz_strides)
     extents = {"E": call.E, "L": call.L, "C": call.C, "WHOLE": call.whole}
     states, values = call.new(call.B, call.G, call.L, call.E), call.new(call.N, call.C, call.E)
     chunk_sums_kernel[(call.sum_tiles(launch), call.N)](
-        inputs.uvz, call.bias, heads.keys, values, states, *sizes, **extents, **launch.options()
+        *call.projection, heads.keys, values, states, *sizes, **extents, **launch.options()
     )
     if call.two:
         _scan_routes(call, states, adjoint=False)
@@ -265,14 +274,14 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
         states = _total(states)
     launch, out = call.launch("output"), call.new(call.B, call.T, call.E)
     output_kernel[(call.value_tiles(launch), call.N)](
-        inputs.uvz, call.bias, heads.queries, states, values, out, *sizes, *call.state_strides(states),
+        *call.projection, heads.queries, states, values, out, *sizes, *call.state_strides(states),
         **extents, **launch.options(),
     )  # fmt: skip
     return out, states
 
 
 def forward(
-    inputs: Inputs, projection_bias: Tensor | None = None, *, return_state: bool
+    inputs: Inputs, projection_bias: Tensor | None, *, return_state: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return out (B, T, E), the sum, count and document of the state that leaves, and the states for `backward`.
 
@@ -342,7 +351,7 @@ def _backward_causal(
     gates, tiles = call.sum_tiles(launch, "GATE_E"), call.product_tiles(launch)
     programs = blocks["SLICE"] * (gates + tiles) + triton.cdiv(width, blocks["BLOCK"])
     backward_kernel[((pipe.slices + 2) * programs,)](
-        inputs.uvz, call.bias, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
+        *call.projection, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
         grads.scores, grads.lin_q, grads.lin_k, grads.u_sums, grads.v_sums, pipe.counters, pipe.carry, grad_left,
         pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, S=call.S, L=call.L, C=call.C,
@@ -360,7 +369,7 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
     grads = _new_gradients(call, call.C // products.blocks["ROWS"])
     grad_attended, grad_states = call.new(call.N, call.C, call.E), call.new(call.B, call.G, call.L, call.E)
     gate_backward_kernel[(call.sum_tiles(gate), call.N)](
-        inputs.uvz, call.bias, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
+        *call.projection, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
         **extents, **gate.options(),
     )  # fmt: skip
     if call.two:
@@ -369,10 +378,21 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
         grad_states = _total(grad_states)
     tiles = call.product_tiles(products)
     products_backward_kernel[(tiles, call.N)](
-        inputs.uvz, call.bias, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
+        *call.projection, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
         grads.scores, grads.weights, grads.lin_q, grads.lin_k, grads.v_sums, *sizes, *call.state_strides(states),
         DOCS=call.docs, TILES=tiles, **extents, **products.options(),
     )  # fmt: skip
+    return grads
+
+
+def _quad_backward(call: _Call, q: Tensor, k: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k (N, C, S) of q kᵀ, whose transposed gradient is grad (N, C, C)."""
+    launch = call.launch("quad_backward")
+    grads = torch.empty_like(q), torch.empty_like(k)
+    tiles = 2 * (call.C // launch.blocks["ROWS"]) * (call.S // launch.blocks["BLOCK_S"])
+    quad_backward_kernel[(tiles, call.N)](
+        q, k, grad, *grads, S=call.S, C=call.C, CAUSAL=call.inputs.causal, **launch.options()
+    )
     return grads
 
 
@@ -400,12 +420,16 @@ def backward(
     else:
         grads = _backward_bidirectional(call, heads, grad_out, out, states)
 
+    grad_quad = _quad_backward(call, heads.quad_q, heads.quad_k, grads.scores)
+    grad_own: tuple[Tensor | None, Tensor | None] = (None, None)
+    if heads.own_q is not None and heads.own_k is not None and grads.weights is not None:
+        grad_own = _quad_backward(call, heads.own_q, heads.own_k, grads.weights)
     launch = call.launch("heads_backward")
     blocks = C // launch.blocks["ROWS"]
     partial = call.new(N * blocks, 9 * S, dtype=torch.float32)
     heads_backward_kernel[(blocks, N)](
-        inputs.uvz, call.bias, inputs.gamma, *call.head_arguments(), *heads[:4], grads.scores, grads.weights,
-        grads.lin_q, grads.lin_k, grads.uvz, partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
+        *call.projection, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k,
+        grads.uvz, partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
     )  # fmt: skip
     grad_bias = torch.empty_like(inputs.bias)
     diagonals_kernel[(2 * C - 1,)](

@@ -28,29 +28,17 @@ def _angles(starts_ptr, offsets_ptr, g, row, pair, present, H: tl.constexpr):
 
 
 @triton.jit
-def _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):
+def _load_z(uvz_ptr, projection_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):
     """The two halves of z (rows, pairs), with the projection's bias; 0 behind the end of the sequence."""
     z = uvz_ptr + b.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + 2 * E + pair[None, :]
     mask = (t < T)[:, None] & present[None, :]
     z1 = tl.load(z, mask=mask, other=0.0).to(tl.float32)
     z2 = tl.load(z + H, mask=mask, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        bias1 = tl.load(bias_ptr + 2 * E + pair, mask=present, other=0.0).to(tl.float32)
-        bias2 = tl.load(bias_ptr + 2 * E + H + pair, mask=present, other=0.0).to(tl.float32)
-        z1 = tl.where(mask, z1 + bias1[None, :], 0.0)
-        z2 = tl.where(mask, z2 + bias2[None, :], 0.0)
+    if projection_ptr is not None:
+        bias = projection_ptr + 2 * E + pair
+        z1 = tl.where(mask, z1 + tl.load(bias, mask=present, other=0.0).to(tl.float32)[None, :], 0.0)
+        z2 = tl.where(mask, z2 + tl.load(bias + H, mask=present, other=0.0).to(tl.float32)[None, :], 0.0)
     return z1, z2
-
-
-@triton.jit
-def _rotated(
-    uvz_ptr, bias_ptr, gamma_ptr, beta_ptr, starts_ptr, offsets_ptr, b, g, row, T, stride_b, stride_t, pair, present,
-    E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, HEAD: tl.constexpr,
-):  # fmt: skip
-    """Both halves of one rotated head of rows of chunk g, float32."""
-    z1, z2 = _load_z(uvz_ptr, bias_ptr, b, g * C + row, T, stride_b, stride_t, pair, present, E, S // 2)
-    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, S // 2)
-    return rotated_head(silu(z1), silu(z2), gamma_ptr, beta_ptr, HEAD, pair, present, cos, sin, S)
 
 
 @triton.jit
@@ -116,115 +104,95 @@ def _load_pair(ptr, mask, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "G"])
 def heads_kernel(
-    uvz_ptr, bias_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
-    toeplitz_ptr, quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, lin_q_ptr, lin_k_ptr, weights_ptr, relu_ptr,
+    uvz_ptr, projection_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
+    quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, lin_q_ptr, lin_k_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr,
-    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, TRANSPOSED: tl.constexpr,
-    WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, PART: tl.constexpr, COLUMNS: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, WIDTH_Q: tl.constexpr, WIDTH_K: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """z → its heads and the weights of its scores, ROWS rows of a chunk a program.
+    """z → quad_q, quad_k (N, C, S), and with their weights lin_q, lin_k: L columns of rows of WIDTH_Q and WIDTH_K.
 
-    lin_q, lin_k with their weights: L columns of rows of WIDTH_Q and WIDTH_K. weights, C columns of rows of WIDTH:
-    relu(quad_q quad_kᵀ / C + bias)², with own_q own_kᵀ where own chunks are read linearly; rows are queries, columns
-    keys, TRANSPOSED the other way round. Blocks above the diagonal stay unwritten, in units of ROWS. quad_q and quad_k
-    (N, C, S) are written where they are given; relu (N, C, C), in the weights' order, and the factors own_q and own_k
-    (N, C, S) only where own chunks are read linearly. Grid: (C / ROWS, N).
+    Where own chunks are read linearly, own_q and own_k (N, C, S) are that product's factors. Grid: (C / ROWS, N).
     """
     H: tl.constexpr = S // 2
     TWO: tl.constexpr = DOCS and not CAUSAL
     n = tl.program_id(1)
     b, g = n // G, n % G
-    chunk = n.to(tl.int64) * C
     pair = tl.arange(0, H2)
     present = pair < H
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = g * C + row
+    read_past, read_future, own, write_past, write_future = _reading(
+        doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
+    )
+    z1, z2 = _load_z(uvz_ptr, projection_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    a1, a2 = silu(z1), silu(z2)
+    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     mask = present[None, :]
-    first_row = tl.program_id(0) * ROWS
-    for first in range(first_row, first_row + ROWS, PART):
-        row = first + tl.arange(0, PART)
-        t = g * C + row
-        read_past, read_future, own, write_past, write_future = _reading(
-            doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
-        )
-        z1, z2 = _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
-        a1, a2 = silu(z1), silu(z2)
-        cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
-        place = (chunk + row)[:, None] * S + pair[None, :]
-        place_q = (chunk + row)[:, None] * WIDTH_Q + pair[None, :]
-        place_k = (chunk + row)[:, None] * WIDTH_K + pair[None, :]
-        if quad_q_ptr is not None:
-            x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 0, pair, present, cos, sin, S)
-            _store_pair(quad_q_ptr + place, x1, x2, mask, H)
-            x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
-            _store_pair(quad_k_ptr + place, x1, x2, mask, H)
-        x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 2, pair, present, cos, sin, S)
-        _store_pair(lin_q_ptr + place_q, x1 * read_past[:, None], x2 * read_past[:, None], mask, H)
-        if TWO:
-            _store_pair(lin_q_ptr + place_q + S, x1 * read_future[:, None], x2 * read_future[:, None], mask, H)
-            _store_pair(own_q_ptr + place, x1 * own[:, None], x2 * own[:, None], mask, H)
-        x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
-        _store_pair(lin_k_ptr + place_k, x1 * write_past[:, None], x2 * write_past[:, None], mask, H)
-        if TWO:
-            _store_pair(lin_k_ptr + place_k + S, x1 * write_future[:, None], x2 * write_future[:, None], mask, H)
-            _store_pair(own_k_ptr + place, x1, x2, mask, H)
+    place = (n.to(tl.int64) * C + row)[:, None] * S + pair[None, :]
+    place_q = (n.to(tl.int64) * C + row)[:, None] * WIDTH_Q + pair[None, :]
+    place_k = (n.to(tl.int64) * C + row)[:, None] * WIDTH_K + pair[None, :]
 
-    dtype = weights_ptr.dtype.element_ty
-    row = first_row + tl.arange(0, ROWS)
-    ROW_HEAD: tl.constexpr = 1 if TRANSPOSED else 0
-    x1, x2 = _rotated(
-        uvz_ptr, bias_ptr, gamma_ptr, beta_ptr, starts_ptr, offsets_ptr, b, g, row, T, stride_b, stride_t, pair,
-        present, E, S, C, ROW_HEAD,
-    )  # fmt: skip
-    x1, x2 = x1.to(dtype), x2.to(dtype)
-    row_doc = document(doc_ptr, b, g * C + row, T, DOCS)
-    start, end = 0, C
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 0, pair, present, cos, sin, S)
+    _store_pair(quad_q_ptr + place, x1, x2, mask, H)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 1, pair, present, cos, sin, S)
+    _store_pair(quad_k_ptr + place, x1, x2, mask, H)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 2, pair, present, cos, sin, S)
+    _store_pair(lin_q_ptr + place_q, x1 * read_past[:, None], x2 * read_past[:, None], mask, H)
+    if TWO:
+        _store_pair(lin_q_ptr + place_q + S, x1 * read_future[:, None], x2 * read_future[:, None], mask, H)
+        _store_pair(own_q_ptr + place, x1 * own[:, None], x2 * own[:, None], mask, H)
+    x1, x2 = rotated_head(a1, a2, gamma_ptr, beta_ptr, 3, pair, present, cos, sin, S)
+    _store_pair(lin_k_ptr + place_k, x1 * write_past[:, None], x2 * write_past[:, None], mask, H)
+    if TWO:
+        _store_pair(lin_k_ptr + place_k + S, x1 * write_future[:, None], x2 * write_future[:, None], mask, H)
+        _store_pair(own_k_ptr + place, x1, x2, mask, H)
+
+
+@triton.jit(do_not_specialize=["T", "G"])
+def scores_kernel(
+    bias_ptr, doc_ptr, quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, weights_ptr, relu_ptr, T, G,
+    S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr, TRANSPOSED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """weights: relu(quad_q quad_kᵀ / C + bias)², with own_q own_kᵀ where own chunks are read linearly.
+
+    C columns, keys (TRANSPOSED: queries), of rows of WIDTH, queries (keys). relu (N, C, C), in the same order, is
+    written only with own_q. Blocks above the diagonal stay unwritten, in units of ROWS. Grid: (block pairs, N).
+    """
+    TWO: tl.constexpr = DOCS and not CAUSAL
+    BLOCKS: tl.constexpr = C // ROWS
+    n = tl.program_id(1)
+    b, g = n // G, n % G
+    query_block, key_block = pair_of_blocks(tl.program_id(0), BLOCKS, CAUSAL)
+    query, key = query_block * ROWS + tl.arange(0, ROWS), key_block * ROWS + tl.arange(0, ROWS)
+    if TRANSPOSED:
+        row, column, row_ptr, column_ptr = key, query, quad_k_ptr, quad_q_ptr
+        distance = row[:, None] - column[None, :]
+    else:
+        row, column, row_ptr, column_ptr = query, key, quad_q_ptr, quad_k_ptr
+        distance = column[None, :] - row[:, None]
+    chunk = n.to(tl.int64) * C
+    scores = _product(row_ptr, column_ptr, chunk + row, chunk + column, S) / C
+    scores += tl.load(bias_ptr + (distance + C - 1)).to(tl.float32)
+    allowed = distance < C
     if CAUSAL:
+        allowed = distance <= 0
+    if DOCS:
+        row_doc = document(doc_ptr, b, g * C + row, T, DOCS)
+        allowed = allowed & (row_doc[:, None] == document(doc_ptr, b, g * C + column, T, DOCS)[None, :])
+    relu = tl.where(allowed, tl.maximum(scores, 0.0), 0.0)
+    weights = relu * relu
+    if TWO:
+        tl.store(relu_ptr + (chunk + row)[:, None] * C + column[None, :], relu.to(relu_ptr.dtype.element_ty))
         if TRANSPOSED:
-            start = first_row
+            linear = _product(own_k_ptr, own_q_ptr, chunk + row, chunk + column, S)
         else:
-            end = first_row + ROWS
-    for first in range(start, end, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        y1, y2 = _rotated(
-            uvz_ptr, bias_ptr, gamma_ptr, beta_ptr, starts_ptr, offsets_ptr, b, g, column, T, stride_b, stride_t,
-            pair, present, E, S, C, 1 - ROW_HEAD,
-        )  # fmt: skip
-        scores = tl.zeros([ROWS, COLUMNS], tl.float32)
-        scores = dot(x1, tl.trans(y1.to(dtype)), scores)
-        scores = dot(x2, tl.trans(y2.to(dtype)), scores) / C
-        # Key − query.
-        distance = row[:, None] - column[None, :] if TRANSPOSED else column[None, :] - row[:, None]
-        scores += tl.load(toeplitz_ptr + (distance + C - 1)).to(tl.float32)
-        allowed = distance < C
-        if CAUSAL:
-            allowed = distance <= 0
-        if DOCS:
-            allowed = allowed & (row_doc[:, None] == document(doc_ptr, b, g * C + column, T, DOCS)[None, :])
-        relu = tl.where(allowed, tl.maximum(scores, 0.0), 0.0)
-        weights = relu * relu
-        if TWO:
-            tl.store(relu_ptr + (chunk + row)[:, None] * C + column[None, :], relu.to(dtype))
-            x1_own, x2_own = _rotated(
-                uvz_ptr, bias_ptr, gamma_ptr, beta_ptr, starts_ptr, offsets_ptr, b, g, row, T, stride_b, stride_t, pair,
-                present, E, S, C, 2 + ROW_HEAD,
-            )  # fmt: skip
-            y1_own, y2_own = _rotated(
-                uvz_ptr, bias_ptr, gamma_ptr, beta_ptr, starts_ptr, offsets_ptr, b, g, column, T, stride_b, stride_t,
-                pair, present, E, S, C, 3 - ROW_HEAD,
-            )  # fmt: skip
-            query = column if TRANSPOSED else row
-            own = _reading(
-                doc_ptr, state_count_ptr, state_doc_ptr, b, g, g * C + query, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
-            )[2][:, None]
-            if TRANSPOSED:
-                y1_own, y2_own = y1_own * own, y2_own * own
-            else:
-                x1_own, x2_own = x1_own * own, x2_own * own
-            linear = tl.zeros([ROWS, COLUMNS], tl.float32)
-            linear = dot(x1_own.to(dtype), tl.trans(y1_own.to(dtype)), linear)
-            weights += tl.where(allowed, dot(x2_own.to(dtype), tl.trans(y2_own.to(dtype)), linear), 0.0)
-        tl.store(weights_ptr + (chunk + row)[:, None] * WIDTH + column[None, :], weights.to(dtype))
+            linear = _product(own_q_ptr, own_k_ptr, chunk + row, chunk + column, S)
+        weights += tl.where(allowed, linear, 0.0)
+    place = weights_ptr + (chunk + row)[:, None] * WIDTH + column[None, :]
+    tl.store(place, weights.to(weights_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -240,54 +208,64 @@ def pair_of_blocks(index, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _product_backward(
-    grad_ptr, other_ptr, chunk, first_row, pair, present,
-    S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, CAUSAL: tl.constexpr, KEYS: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Both halves of the gradient of q, or of k (KEYS), where grad (N, C keys, C queries) is that of k qᵀ.
+def _product(a_ptr, b_ptr, a_row, b_row, S: tl.constexpr):
+    """a · bᵀ of rows of two (…, S) tensors."""
+    acc = tl.zeros([a_row.shape[0], b_row.shape[0]], tl.float32)
+    for first in tl.static_range(0, S, 64):
+        feature = first + tl.arange(0, 64)
+        a = tl.load(a_ptr + a_row[:, None] * S + feature[None, :])
+        acc = dot(a, tl.trans(tl.load(b_ptr + b_row[:, None] * S + feature[None, :])), acc)
+    return acc
 
-    other: k (N, C, S), or q.
+
+@triton.jit
+def quad_backward_kernel(
+    quad_q_ptr, quad_k_ptr, grad_ptr, grad_q_ptr, grad_k_ptr,
+    S: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of q and k (N, C, S) of scores = q kᵀ, whose transposed gradient is grad (N, C keys, C queries).
+
+    Grid: (2 · C / ROWS · S / BLOCK_S, N).
     """
-    H: tl.constexpr = S // 2
+    chunk = tl.program_id(1).to(tl.int64) * C
+    block = tl.program_id(0) // 2
+    feature = block % (S // BLOCK_S) * BLOCK_S + tl.arange(0, BLOCK_S)
+    first_row = block // (S // BLOCK_S) * ROWS
     row = first_row + tl.arange(0, ROWS)
     step = tl.arange(0, STEP)
-    start, end = 0, C
-    if CAUSAL:
-        if KEYS:
-            start = first_row
-        else:
+    acc = tl.zeros([ROWS, BLOCK_S], tl.float32)
+    place = (chunk + row)[:, None] * S + feature[None, :]
+    if tl.program_id(0) % 2 == 0:
+        end = C
+        if CAUSAL:
             end = first_row + ROWS
-    acc1 = tl.zeros([ROWS, H2], tl.float32)
-    acc2 = tl.zeros([ROWS, H2], tl.float32)
-    for first in tl.range(start, end, STEP, num_stages=STAGES):
-        if KEYS:
-            grad = tl.load(grad_ptr + (chunk + row)[:, None] * C + (first + step)[None, :])
-        else:
+        for first in tl.range(0, end, STEP, num_stages=STAGES):
             grad = tl.load(grad_ptr + (chunk + first + step)[None, :] * C + row[:, None])
-        other = other_ptr + (chunk + first + step)[:, None] * S + pair[None, :]
-        if H2 == H:
-            other1, other2 = tl.load(other), tl.load(other + H)
-        else:
-            other1, other2 = _load_pair(other, present[None, :], H)
-        acc1 = dot(grad, other1, acc1)
-        acc2 = dot(grad, other2, acc2)
-    return acc1, acc2
+            acc = dot(grad, tl.load(quad_k_ptr + (chunk + first + step)[:, None] * S + feature[None, :]), acc)
+        tl.store(grad_q_ptr + place, acc.to(grad_q_ptr.dtype.element_ty))
+    else:
+        start = 0
+        if CAUSAL:
+            start = first_row
+        for first in tl.range(start, C, STEP, num_stages=STAGES):
+            grad = tl.load(grad_ptr + (chunk + row)[:, None] * C + (first + step)[None, :])
+            acc = dot(grad, tl.load(quad_q_ptr + (chunk + first + step)[:, None] * S + feature[None, :]), acc)
+        tl.store(grad_k_ptr + place, acc.to(grad_k_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["T", "G"])
 def heads_backward_kernel(
-    uvz_ptr, bias_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
-    quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
+    uvz_ptr, projection_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
+    grad_quad_q_ptr, grad_quad_k_ptr, grad_own_q_ptr, grad_own_k_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr,
-    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    DOCS: tl.constexpr, HAS_STATE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of scores and linear heads → gradient of z, and partial sums (programs, 9, S) of gamma's, beta's, z's.
+    """Gradients of the rotated heads → gradient of z, and partial sums (programs, 9, S) of gamma's, beta's and z's.
 
-    grad_scores and, where own chunks are read linearly, grad_weights: (N, C keys, C queries), written where a query may
-    read a key and around that up to blocks of at least ROWS. Grid: (C / ROWS, N).
+    Grid: (C / ROWS, N).
     """
     H: tl.constexpr = S // 2
     TWO: tl.constexpr = DOCS and not CAUSAL
@@ -296,59 +274,49 @@ def heads_backward_kernel(
     b, g = n // G, n % G
     pair = tl.arange(0, H2)
     present = pair < H
-    chunk = n.to(tl.int64) * C
-    first_row = tl.program_id(0) * ROWS
-    row = first_row + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = g * C + row
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
-    partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
-    place_lin = (chunk + row)[:, None] * L + pair[None, :]
-    here = present[None, :]
-
-    x1, x2 = _product_backward(
-        grad_scores_ptr, quad_k_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, False, ROWS, STEP, STAGES
-    )
-    z1, z2 = _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    z1, z2 = _load_z(uvz_ptr, projection_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
     a1, a2 = silu(z1), silu(z2)
     cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
+    partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair
+    place = (n.to(tl.int64) * C + row)[:, None] * S + pair[None, :]
+    place_lin = (n.to(tl.int64) * C + row)[:, None] * L + pair[None, :]
+    here = present[None, :]
+
+    x1, x2 = _load_pair(grad_quad_q_ptr + place, here, H)
+    x1, x2 = x1.to(tl.float32) / C, x2.to(tl.float32) / C
     grad_a1, grad_a2 = rotated_head_backward(
-        x1 / C, x2 / C, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, 4, S
+        x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 0, 4, S
     )  # fmt: skip
+    x1, x2 = _load_pair(grad_quad_k_ptr + place, here, H)
+    x1, x2 = x1.to(tl.float32) / C, x2.to(tl.float32) / C
+    x1, x2 = rotated_head_backward(
+        x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, 4, S
+    )  # fmt: skip
+    grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
+
     x1, x2 = _load_pair(grad_lin_q_ptr + place_lin, here, H)
     x1, x2 = x1 * read_past[:, None], x2 * read_past[:, None]
     if TWO:
         y1, y2 = _load_pair(grad_lin_q_ptr + place_lin + S, here, H)
         x1, x2 = x1 + y1 * read_future[:, None], x2 + y2 * read_future[:, None]
-        y1, y2 = _product_backward(
-            grad_weights_ptr, own_k_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, False, ROWS, STEP, STAGES
-        )
+        y1, y2 = _load_pair(grad_own_q_ptr + place, here, H)
         x1, x2 = x1 + y1 * own[:, None], x2 + y2 * own[:, None]
     x1, x2 = rotated_head_backward(
         x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 2, 4, S
     )  # fmt: skip
     grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
 
-    # What the keys need is loaded again: kept over this product, it would not fit the registers.
-    x1, x2 = _product_backward(
-        grad_scores_ptr, quad_q_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, True, ROWS, STEP, STAGES
-    )
-    z1, z2 = _load_z(uvz_ptr, bias_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
-    a1, a2 = silu(z1), silu(z2)
-    cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
-    x1, x2 = rotated_head_backward(
-        x1 / C, x2 / C, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 1, 4, S
-    )  # fmt: skip
-    grad_a1, grad_a2 = grad_a1 + x1, grad_a2 + x2
     x1, x2 = _load_pair(grad_lin_k_ptr + place_lin, here, H)
     x1, x2 = x1 * write_past[:, None], x2 * write_past[:, None]
     if TWO:
         y1, y2 = _load_pair(grad_lin_k_ptr + place_lin + S, here, H)
         x1, x2 = x1 + y1 * write_future[:, None], x2 + y2 * write_future[:, None]
-        y1, y2 = _product_backward(
-            grad_weights_ptr, own_q_ptr, chunk, first_row, pair, present, S, C, H2, CAUSAL, True, ROWS, STEP, STAGES
-        )
+        y1, y2 = _load_pair(grad_own_k_ptr + place, here, H)
         x1, x2 = x1 + y1, x2 + y2
     x1, x2 = rotated_head_backward(
         x1, x2, a1, a2, cos, sin, gamma_ptr, partial, pair, present, 3, 4, S

@@ -23,7 +23,8 @@ class Launch(NamedTuple):
 # Blocks of E, L and S are upper bounds: halved until they divide it. Kernels over whole heads: warps for S ≤ 128.
 LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
     torch.bfloat16: {
-        "heads": Launch({"ROWS": 128, "PART": 32, "COLUMNS": 64}, 8),
+        "heads": Launch({"ROWS": 32}, 4),
+        "scores": Launch({"ROWS": 128}, 4),
         "forward": Launch(
             {
                 "SLICE": 4, "BLOCK": 4096, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
@@ -45,10 +46,12 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "products_backward": Launch(
             {"ROWS": 128, "BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3, 128
         ),
-        "heads_backward": Launch({"ROWS": 64, "STEP": 64, "STAGES": 2}, 8),
+        "quad_backward": Launch({"ROWS": 128, "BLOCK_S": 128, "STEP": 64, "STAGES": 3}, 8, 3),
+        "heads_backward": Launch({"ROWS": 8}, 1),
     },
     torch.float32: {
-        "heads": Launch({"ROWS": 64, "PART": 32, "COLUMNS": 32}, 8),
+        "heads": Launch({"ROWS": 32}, 4),
+        "scores": Launch({"ROWS": 64}, 8),
         "forward": Launch(
             {
                 "SLICE": 8, "BLOCK": 1024, "BLOCK_L": 64, "SUMS_E": 64, "SUMS_STEP": 32,
@@ -68,6 +71,7 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
         "output": Launch({"ROWS": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
         "gate_backward": Launch({"BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
         "products_backward": Launch({"ROWS": 64, "BLOCK_L": 64, "BLOCK_E": 64, "STEP": 32, "STAGES": 1}, 4),
-        "heads_backward": Launch({"ROWS": 32, "STEP": 32, "STAGES": 1}, 4),
+        "quad_backward": Launch({"ROWS": 64, "BLOCK_S": 64, "STEP": 32, "STAGES": 1}, 4),
+        "heads_backward": Launch({"ROWS": 32}, 4),
     },
 }  # fmt: skip
