@@ -2,20 +2,21 @@
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flash_model.config import ModelConfig
 from flash_model.lm import FlashLM, build_model
 
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
 
 def save_model(
@@ -26,15 +27,54 @@ def save_model(
     named_tensors: the model's parameters under their names, in the dtype that is to be stored. ValueError, before
     anything is written, when they are not those of `config`.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named_tensors}
-    problems = _compare(config, tensors)
-    if problems:
-        raise ValueError(f"cannot save the model to {directory}: {'; '.join(problems)}")
+    files = model_files(config, {name: tensor.detach() for name, tensor in named_tensors}, tokenizer_path)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _commit(directory / CONFIG, lambda path: path.write_text(config.model_dump_json(indent=2) + "\n"))
-    _commit(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _commit(directory / TOKENIZER, lambda path: shutil.copyfile(tokenizer_path, path))
+    for name, content in files.items():
+        aside = directory / f"{name}.partial"
+        with aside.open("wb") as file:
+            for part in content:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(directory / name)
+
+
+def model_files(
+    config: ModelConfig, tensors: Mapping[str, Tensor], tokenizer_path: Path | str
+) -> dict[str, Iterable[bytes | memoryview]]:
+    """Return the files of a model directory: their names, and what is to be written into each, part by part.
+
+    Tensors are copied to the CPU one at a time, when they are asked for. ValueError when they are not the parameters of
+    `config`.
+    """
+    problems = _compare(config, tensors)
+    if problems:
+        raise ValueError(f"cannot save the model: {'; '.join(problems)}")
+    return {
+        CONFIG: [config.model_dump_json(indent=2).encode() + b"\n"],
+        WEIGHTS: _safetensors(tensors),
+        TOKENIZER: [Path(tokenizer_path).read_bytes()],
+    }
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The parts of a safetensors file: the size of its header, the header, each tensor.
+
+    Its own writer makes a second copy of all tensors, and holds the interpreter until the last one is on disk.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for tensor in tensors.values():
+        yield tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def resolve_model_directory(path: Path | str) -> Path:
@@ -87,7 +127,7 @@ def load_config(directory: Path | str) -> ModelConfig:
         raise ValueError(f"{file} is not a model config: {'; '.join(problems)}") from error
 
 
-def _compare(config: ModelConfig, tensors: dict[str, Tensor]) -> list[str]:
+def _compare(config: ModelConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     """List how tensors differ in name and shape from the parameters of a model of `config`."""
     expected = {name: tuple(p.shape) for name, p in build_model(config, device="meta").named_parameters()}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
@@ -96,11 +136,3 @@ def _compare(config: ModelConfig, tensors: dict[str, Tensor]) -> list[str]:
         if tuple(tensors[name].shape) != expected[name]:
             problems.append(f"{name} has shape {tuple(tensors[name].shape)}, not {expected[name]}")
     return problems
-
-
-def _commit(file: Path, write: Callable[[Path], object]) -> None:
-    aside = file.with_name(file.name + ".partial")
-    write(aside)
-    with aside.open("rb+") as handle:
-        os.fsync(handle.fileno())
-    aside.replace(file)

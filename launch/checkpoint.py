@@ -10,10 +10,7 @@ checkpoints/latest  name of the newest
 
 import hashlib
 import json
-import os
-import platform
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from flash_model.export import save_model
 from launch.bad_steps import History
 from launch.config import RunConfig
 from launch.conversion import Records, load_records, parameter_layout
 from launch.engine import Processes
-from launch.retention import Saved, kept, remove, remove_leftovers
-from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
+from launch.retention import Saved
+from pipeline.atomic import hash_file
 from pipeline.batches import DataState
 from pipeline.errors import UserError
 
@@ -46,83 +42,12 @@ class Progress:
     history: History
 
 
-def save_checkpoint(
-    directory: Path,
-    engine: Any,
-    processes: Processes,
-    config: RunConfig,
-    progress: Progress,
-    *,
-    tokenizer: Path,
-    mlflow_run_id: str | None,
-    run_uid: str | None = None,
-    scores: Mapping[str, float] | None = None,
-    protected: Callable[[], Collection[Path]] = tuple,
-) -> Path:
-    """Write a checkpoint of the run into `directory` and return its path. Called by all processes.
-
-    scores: validation results of this very step. protected: asked in the first process for checkpoints that
-    are not to be deleted, whatever the rules say.
-    """
-    name = f"step-{progress.step:08d}"
-    final, aside = directory / name, directory / f".writing-{name}"
-    if processes.rank == 0:
-        remove_leftovers(directory)
-        (aside / "rng").mkdir(parents=True)
-    processes.barrier()
-    engine.save_checkpoint(str(aside), tag="deepspeed", save_latest=True)
-    torch.save(_random_states(), aside / "rng" / f"rank-{processes.rank}.pt")
-    if config.checkpoint.export_model:
-        weights = _full_weights(engine, keep=processes.rank == 0)
-        if processes.rank == 0:
-            save_model(aside / "model", config.model, weights, tokenizer)
-        else:
-            for _ in weights:
-                pass
-    layout = parameter_layout(engine)
-    processes.barrier()
-    files = _hash_files(aside, processes)
-    if processes.rank == 0:
-        manifest = {
-            "format": "flash-pretrain checkpoint",
-            "format_version": FORMAT_VERSION,
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "attempt": progress.attempt,
-            "data": progress.data.to_dict(),
-            "scores": dict(scores or {}),
-            "tokenizer_sha256": hash_file(tokenizer),
-            "history": progress.history.to_dict(),
-            "world_size": processes.world_size,
-            "zero_stage": config.train.zero_stage,
-            "precision": config.train.precision,
-            "run_uid": run_uid,
-            "mlflow_run_id": mlflow_run_id,
-            "config": config.model_dump(mode="json"),
-            "versions": _versions(),
-            "layout": layout,
-            "files": files,
-        }
-        write_json(aside / "manifest.json", manifest | {"sha256": _digest(manifest)})
-        if final.exists():
-            remove(final)
-        os.replace(aside, final)
-        sync_directory(directory)
-        with write_aside(directory / "latest") as file:
-            file.write(f"{name}\n".encode())
-        saved = _saved_checkpoints(directory)
-        for old in {checkpoint.path for checkpoint in saved} - kept(saved, config.checkpoint) - {*protected(), final}:
-            remove(old)
-    processes.barrier()
-    return final
-
-
 def list_checkpoints(directory: Path) -> list[Path]:
     """Checkpoints in `directory`, newest first. Those being written do not count."""
     return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
 
 
-def _saved_checkpoints(directory: Path) -> list[Saved]:
+def saved_checkpoints(directory: Path) -> list[Saved]:
     """Those whose manifests can be read: one that cannot does not count as kept, and is left to be looked at."""
     found = []
     for path in list_checkpoints(directory):
@@ -145,6 +70,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     if intact is not True:
         raise UserError(f"{checkpoint}: manifest.json is missing or damaged ({intact}); use another checkpoint")
     return manifest
+
+
+def seal_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with its own SHA-256 in it."""
+    return manifest | {"sha256": _digest(manifest)}
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -242,51 +172,9 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], engine: Any, pro
     )
 
 
-def _full_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole float32 weight of each parameter, one at a time. Every process has to walk through it."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    partitioned = engine.zero_optimization_stage() > 0
-    for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if partitioned else parameter.detach()
-        if keep:
-            yield name, full.float().cpu()
-        else:
-            yield name, torch.empty(0)
-
-
-def _hash_files(directory: Path, processes: Processes) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below `directory`, each flushed and hashed by one of the processes."""
-    names = sorted(str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file())
-    mine = {}
-    for name in names[processes.rank :: processes.world_size]:
-        with open(directory / name, "rb") as file:
-            os.fsync(file.fileno())
-        mine[name] = {"size": (directory / name).stat().st_size, "sha256": hash_file(directory / name)}
-    merged = {name: entry for part in processes.gather(mine) for name, entry in part.items()}
-    return dict(sorted(merged.items()))
-
-
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
 def _restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _versions() -> dict[str, str]:
-    import deepspeed
-
-    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": deepspeed.__version__}

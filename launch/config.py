@@ -207,6 +207,11 @@ class CheckpointSection(StrictModel):
         description="directory or fsspec URL (s3://…) of this run's own, to which checkpoints are copied in the "
         "background; nothing is deleted there; default: none",
     )
+    background: bool = Field(
+        default=True,
+        description="training goes on while a checkpoint is written, from a copy in host memory as large as the files "
+        "of the node's processes; false: it waits, and nothing is copied",
+    )
     export_model: bool = Field(
         default=True,
         description="also write model/ (float32 safetensors, config, tokenizer), which generate and others read",

@@ -40,15 +40,20 @@ def kept(saved: Collection[Saved], rules: CheckpointSection) -> set[Path]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Delete a checkpoint: it is renamed first, so that half of one never looks like one.
+    """Delete a checkpoint.
 
     What cannot be deleted now, or was left by a process that died here, goes at the next call of `remove_leftovers`.
     """
+    shutil.rmtree(hide(checkpoint), ignore_errors=True)
+
+
+def hide(checkpoint: Path) -> Path:
+    """Rename a checkpoint that is to be deleted, so that half of one never looks like one; returns what to delete."""
     aside = checkpoint.with_name(f".deleting-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(checkpoint, aside)
     sync_directory(checkpoint.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def remove_leftovers(directory: Path) -> None:

@@ -16,7 +16,6 @@ from launch.checkpoint import (
     load_checkpoint,
     newest_usable,
     read_manifest,
-    save_checkpoint,
 )
 from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
@@ -27,6 +26,7 @@ from launch.initial_weights import find_origin, load_weights
 from launch.progress import Pace, progress_line, say
 from launch.rollback import Rollback, carry_out, pass_over, plan_rollback, record_stop, set_aside
 from launch.run_directory import RunDirectory
+from launch.saving import CheckpointSaver, SavedCheckpoint
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
 from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
@@ -127,25 +127,27 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     norms = GradientNorms(engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
-    def save(scores: dict[str, float] | None = None) -> None:
-        watchdog.enter("save")
-        path = save_checkpoint(
-            directory.checkpoints,
-            engine,
-            processes,
-            config,
-            progress,
-            tokenizer=training.components[0].dataset.tokenizer_path,
-            mlflow_run_id=tracker.run_id if tracker else None,
-            run_uid=uid,
-            scores=scores,
-            protected=lambda: {path for path in (resume_from, backup and backup.busy_with) if path},
-        )
-        say(f"saved {path}")
+    def announce(saved: SavedCheckpoint) -> None:
+        say(str(saved))
         if backup:
             backup.notice()
         if tracker:
-            tracker.checkpoint(progress.step, path)
+            tracker.checkpoint(saved.step, saved.path)
+
+    saver = CheckpointSaver(
+        directory.checkpoints,
+        engine,
+        processes,
+        config,
+        tokenizer=training.components[0].dataset.tokenizer_path,
+        run_uid=uid,
+        protected=lambda: {path for path in (resume_from, backup and backup.busy_with) if path},
+        announce=announce,
+    )
+
+    def save(scores: dict[str, float] | None = None) -> None:
+        watchdog.enter("save")
+        saver.begin(progress, mlflow_run_id=tracker.run_id if tracker else None, scores=scores)
 
     def score() -> dict[str, float]:
         found: dict[str, float] = {}
@@ -180,8 +182,8 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
             step = steps.next()
             watchdog.enter("wait")
             reason = stop.reason
-            # One sum over all processes: how many targets the step has, and whether anyone wants to stop.
-            targets, stopping = processes.total(step.targets, reason is not None)
+            # One sum over all processes: how many targets there are, who wants to stop, who has written a checkpoint.
+            targets, stopping, written = processes.total(step.targets, reason is not None, saver.written)
             pace.data_ready()
             if stopping:
                 say(f"stopping: {_first(processes.gather(reason))}")
@@ -234,6 +236,10 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
             )
             pace.end_step()
 
+            if written == processes.world_size:
+                watchdog.enter("save")
+                saver.finish()
+                pace.pause()
             last, scores = progress.step == config.steps, None
             if tracker:
                 metrics = {"train/lr": lr, "train/tokens": progress.tokens, **pace.metrics}
@@ -254,6 +260,8 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
                 pace.pause()
         if (status == STOPPED or over_budget) and saved_step != progress.step:
             save()
+        watchdog.enter("save")
+        saver.finish()
         if over_budget:
             processes.once(lambda: record_stop(directory, attempt, over_budget))
             say(over_budget_message(over_budget, config.bad_steps))
@@ -267,6 +275,7 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
         raise
     finally:
         steps.close()
+        saver.close()
         if tracker and (message := tracker.close(outcome)):
             say(message)
     processes.barrier()

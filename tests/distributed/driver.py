@@ -21,10 +21,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 
 from launch import trainer  # noqa: E402
-from launch.checkpoint import load_checkpoint, read_manifest, save_checkpoint  # noqa: E402
+from launch.checkpoint import load_checkpoint, read_manifest  # noqa: E402
 from launch.config import RunConfig, accumulation_steps, load_run_config  # noqa: E402
 from launch.engine import Processes, build_engine, start_processes  # noqa: E402
 from launch.evaluate import to_device  # noqa: E402
+from launch.saving import CheckpointSaver  # noqa: E402
 from launch.trainer import open_datasets, open_steps, open_stream, train  # noqa: E402
 from pipeline.prefetch import Step, StepLoader  # noqa: E402
 
@@ -120,7 +121,10 @@ def resave(config: RunConfig, processes: Processes, source: Path, output: Path) 
     (checkpoint,) = processes.once(lambda: list((source / "checkpoints").glob("step-*")))
     progress = load_checkpoint(checkpoint, read_manifest(checkpoint), engine, processes)
     tokenizer = open_datasets(config)[0].components[0].dataset.tokenizer_path
-    save_checkpoint(output, engine, processes, config, progress, tokenizer=tokenizer, mlflow_run_id=None)
+    saver = CheckpointSaver(output, engine, processes, config, tokenizer=tokenizer)
+    saver.begin(progress)
+    saver.finish()
+    saver.close()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from launch.checkpoint import _digest
+from launch.checkpoint import seal_manifest
 from launch.engine import Processes
 from pipeline.atomic import hash_file
 
@@ -47,9 +47,7 @@ def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attemp
         (checkpoint / name).write_bytes(random.Random(f"{step} {number} {attempt}").randbytes(300 + number))
         files[name] = {"size": 300 + number, "sha256": hash_file(checkpoint / name)}
     manifest = {"format_version": 2, "step": step, "attempt": attempt, "run_uid": run_uid, "files": files}
-    (checkpoint / "manifest.json").write_text(
-        json.dumps(manifest | {"sha256": _digest(manifest)}, separators=(",", ":"))
-    )
+    (checkpoint / "manifest.json").write_text(json.dumps(seal_manifest(manifest), separators=(",", ":")))
     # Appears whole, as a real one does: a copy may be looking for it.
     return checkpoint.rename(final)
 
