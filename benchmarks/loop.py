@@ -100,8 +100,8 @@ class AlternatingLoader:
     def _load(self) -> tuple[float, list[tuple[torch.Tensor, ...]]]:
         step, device = self._same.next(), self._processes.device
         accumulation = len(step.batches)
-        # The loader uses its memory again: on a CPU nothing was copied yet.
         batches = [tuple(x.clone() for x in to_device(batch, device)) for batch in step.batches]
+        synchronize(device)  # the loader uses its memory again
         return self._processes.world_size * accumulation / max(step.targets, 1), batches
 
     def _take_bare_steps(self) -> None:

@@ -4,7 +4,6 @@ A checkpoint counts once all processes have written their files: then, between t
 manifest and renames the directory. Whatever ends the run before that costs nothing but the work.
 """
 
-import hashlib
 import os
 import platform
 import random
@@ -12,10 +11,9 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +23,9 @@ from launch.checkpoint import FORMAT_VERSION, Progress, saved_checkpoints, seal_
 from launch.config import RunConfig
 from launch.conversion import parameter_layout
 from launch.engine import Processes
+from launch.file_writers import Files, FileWriters, HostCopy
 from launch.retention import hide, kept, remove, remove_leftovers
 from pipeline.atomic import hash_file, sync_directory, write_aside, write_json
-
-WRITERS = 4
-"""Files that a process writes at once."""
-BLOCK = 1 << 26
-
-Files = dict[str, dict[str, Any]]
-"""Size and SHA-256 of files by their names, relative to the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +73,7 @@ class CheckpointSaver:
         """
         self._directory, self._engine, self._processes, self._config = directory, engine, processes, config
         self._tokenizer, self._uid, self._protected, self._announce = tokenizer, run_uid, protected, announce
+        self._copy = HostCopy(processes.device)
         self._pending: _Pending | None = None
         self._removal: threading.Thread | None = None
         # The manifest has SHA-256 of every file; torch's own checksums take four times as long as that.
@@ -108,7 +101,7 @@ class CheckpointSaver:
             remove_leftovers(self._directory)
             (aside / "rng").mkdir(parents=True)
         processes.barrier()
-        writers = _Writers(aside, background=self._config.checkpoint.background)
+        writers = FileWriters(aside, self._copy if self._config.checkpoint.background else None)
         self._pending = pending = _Pending(name, aside, writers)
         own, self._engine.checkpoint_engine = self._engine.checkpoint_engine, _copying_engine(writers)
         try:
@@ -118,7 +111,7 @@ class CheckpointSaver:
         writers.save(_random_states(), aside / "rng" / f"rank-{processes.rank}.pt")
         copied = time.perf_counter()
         if self._config.checkpoint.export_model:
-            weights = dict(_full_weights(self._engine, keep=processes.rank == 0))
+            weights = dict(_full_weights(self._engine, self._copy if processes.rank == 0 else None))
             if processes.rank == 0:
                 (aside / "model").mkdir()
                 for file, content in model_files(self._config.model, weights, self._tokenizer).items():
@@ -227,121 +220,12 @@ class _Pending:
 
     name: str
     aside: Path
-    writers: "_Writers"
+    writers: "FileWriters"
     seconds: dict[str, float] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
-class _Writers:
-    """Writes this process's files of one checkpoint below `folder`: in threads, or at once in the caller's."""
-
-    def __init__(self, folder: Path, *, background: bool) -> None:
-        self._folder = folder
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint") if background else None
-        self._hashers = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint-hash")
-        self._tasks: list[Future[None]] = []
-        self._files: Files = {}
-        self._lock = threading.Lock()
-        self._given_up = False
-        self._began = time.perf_counter()
-        self.seconds = dict.fromkeys(("write", "hash", "sync", "written"), 0.0)
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing is left to write, or writing has failed."""
-        return all(task.done() for task in self._tasks)
-
-    def save(self, state: Any, path: Path) -> None:
-        """Write `state` as torch.save does: as it is now, even if it is written later."""
-        if self._pool:
-            state = copy_to_host(state)
-        self._start(path, lambda file: torch.save(state, cast(IO[bytes], file)))
-
-    def write(self, path: Path, content: Iterable[bytes | memoryview]) -> None:
-        """Write `content`, which does not change any more."""
-
-        def write(file: "_HashedFile") -> None:
-            for part in content:
-                file.write(part)
-
-        self._start(path, write)
-
-    def wait(self) -> tuple[Files, str | None]:
-        """Wait until all is written: the files, and what went wrong."""
-        problems = [error for task in self._tasks if (error := task.exception())]
-        self._close()
-        return self._files, f"{type(problems[0]).__name__}: {problems[0]}" if problems else None
-
-    def give_up(self) -> None:
-        """Stop in the middle of it."""
-        self._given_up = True
-        self._close()
-
-    def _close(self) -> None:
-        for pool in (self._pool, self._hashers):
-            if pool:
-                pool.shutdown(wait=True, cancel_futures=True)
-
-    def _start(self, path: Path, write: Callable[["_HashedFile"], object]) -> None:
-        if self._pool:
-            self._tasks.append(self._pool.submit(self._write_file, path, write))
-        else:
-            self._write_file(path, write)
-
-    def _write_file(self, path: Path, write: Callable[["_HashedFile"], object]) -> None:
-        with open(path, "xb", buffering=0) as raw:
-            file = _HashedFile(raw, self._hashers, lambda: self._given_up)
-            write(file)
-            began = time.perf_counter()
-            os.fsync(raw.fileno())
-            now = time.perf_counter()
-        with self._lock:
-            self._files[str(path.relative_to(self._folder))] = file.entry
-            for part, seconds in {**file.seconds, "sync": now - began}.items():
-                self.seconds[part] += seconds
-            self.seconds["written"] = now - self._began
-
-
-class _HashedFile:
-    """A file that is hashed while it is written, so that nobody has to read it again."""
-
-    def __init__(self, raw: Any, hashers: ThreadPoolExecutor, given_up: Callable[[], bool]) -> None:
-        self._raw, self._hashers, self._given_up = raw, hashers, given_up
-        self._digest, self._size = hashlib.sha256(), 0
-        self.seconds = {"write": 0.0, "hash": 0.0}
-
-    def write(self, data: Any) -> int:
-        """Write all of `data`; hashing goes on beside it. Neither holds the interpreter's lock."""
-        whole = memoryview(data).cast("B")
-        for start in range(0, len(whole), BLOCK):
-            if self._given_up():
-                raise InterruptedError("given up")
-            block = whole[start : start + BLOCK]
-            hashed = self._hashers.submit(self._hash, block)
-            began = time.perf_counter()
-            position = 0
-            while position < len(block):
-                position += self._raw.write(block[position:])
-            self.seconds["write"] += time.perf_counter() - began
-            hashed.result()
-        self._size += len(whole)
-        return len(whole)
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-    @property
-    def entry(self) -> dict[str, Any]:
-        """Size and SHA-256 of what was written."""
-        return {"size": self._size, "sha256": self._digest.hexdigest()}
-
-    def _hash(self, block: memoryview) -> None:
-        began = time.perf_counter()
-        self._digest.update(block)
-        self.seconds["hash"] += time.perf_counter() - began
-
-
-def _copying_engine(writers: _Writers) -> Any:
+def _copying_engine(writers: FileWriters) -> Any:
     """What DeepSpeed hands the content of its files to."""
     from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 
@@ -352,26 +236,18 @@ def _copying_engine(writers: _Writers) -> Any:
     return CopyingEngine()
 
 
-def copy_to_host(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples whose tensors lie in host memory, on their own."""
+def _full_weights(engine: Any, copy: HostCopy | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and whole float32 weight of each parameter, in host memory; without `copy` nothing is kept.
 
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-    return torch.utils._pytree.tree_map_only(torch.Tensor, copy, state)
-
-
-def _full_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and whole float32 weight on the CPU of each parameter. Every process has to walk through it."""
+    Every process has to walk through it.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     partitioned = engine.zero_optimization_stage() > 0
     for name, parameter in engine.module.named_parameters():
         full = safe_get_full_fp32_param(parameter) if partitioned else parameter.detach()
-        if keep:
-            yield name, full.to("cpu", torch.float32, copy=True)
-        else:
-            yield name, torch.empty(0)
+        if copy:
+            yield name, copy(full.float())
 
 
 def _hash_files(directory: Path, names: Iterable[str]) -> Files:
