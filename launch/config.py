@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
+from launch.observation_config import LayerMetricsSection, ProfileSection, SamplesSection
 from pipeline.errors import UserError
 from pipeline.locations import locate
 from pipeline.masking import MaskedLM
@@ -38,6 +39,11 @@ class DatasetRef(StrictModel):
 
     path: Path = Field(description="dataset directory written by pipeline.prepare")
     split: str = Field(default="valid", description="split to read")
+    max_tokens: PositiveInt | None = Field(
+        default=None,
+        description="score only about so many tokens of a large set, whole windows chosen by its digest: the same ones "
+        "at every evaluation and in every run with this data.seq_len; null: all",
+    )
 
 
 class MixtureComponent(StrictModel):
@@ -176,7 +182,7 @@ class ScheduleSection(StrictModel):
 
 
 class EvaluateSection(StrictModel):
-    """When the validation sets are scored. Every set is scored whole."""
+    """When the validation sets are scored: whole, where data.validation does not say less."""
 
     every_tokens: PositiveInt | None = Field(
         default=None, description="tokens between evaluations; default: at the end only"
@@ -277,6 +283,9 @@ class RunConfig(StrictModel):
     checkpoint: CheckpointSection = CheckpointSection()
     bad_steps: BadStepsSection = BadStepsSection()
     watchdog: WatchdogSection = WatchdogSection()
+    samples: SamplesSection = SamplesSection()
+    layer_metrics: LayerMetricsSection = LayerMetricsSection()
+    profile: ProfileSection = ProfileSection()
     tracking: TrackingSection = TrackingSection()
     deepspeed: dict[str, Any] = Field(
         default_factory=dict, description="DeepSpeed settings merged last, e.g. zero_optimization.reduce_bucket_size"
@@ -315,6 +324,8 @@ class RunConfig(StrictModel):
             )
         problems += data.problems(causal=self.model.causal)
         problems += self._retention_problems()
+        if self.samples.prompts and not self.model.causal:
+            problems.append("samples.prompts: a bidirectional model (model.causal: false) cannot write; leave them out")
         if problems:
             raise ValueError("\n".join(problems))
         return self

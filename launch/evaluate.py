@@ -1,16 +1,55 @@
-"""Scoring a validation set whole: every token once, over all processes."""
+"""Scoring validation sets: every token once, over all processes."""
 
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launch.config import RunConfig
 from launch.engine import Processes
+from launch.progress import duration, say
 from pipeline.batches import Batch, evaluation_batches
 from pipeline.masking import MaskedLM
 from pipeline.shards import TokenDataset
+from pipeline.tokenizer import Tokenizer
+
+LARGEST_EXPONENT = 700.0
+"""Of a perplexity: what follows is no number that a store could keep."""
+
+
+class Validation:
+    """The named sets of `data.validation`, scored by the weights of an engine."""
+
+    def __init__(self, config: RunConfig, sets: Mapping[str, TokenDataset], engine: Any, processes: Processes) -> None:
+        self._config, self._sets, self._engine, self._processes = config, sets, engine, processes
+
+    def score(self, step: int, beat: Callable[[], None]) -> dict[str, float]:
+        """Score every set after `step` and say how it did: `NAME/loss` and so on. Called by all processes.
+
+        `beat` is called before every batch.
+        """
+        config = self._config
+        found: dict[str, float] = {}
+        for name, dataset in self._sets.items():
+            began = time.monotonic()
+            scores, tokens = evaluate(
+                self._engine,
+                dataset,
+                self._processes,
+                seq_len=config.data.seq_len,
+                micro_batch=config.evaluate.micro_batch or config.train.micro_batch,
+                masked_lm=config.data.masked_lm,
+                max_tokens=config.data.validation[name].max_tokens,
+                beat=beat,
+            )
+            found |= {f"{name}/{key}": value for key, value in scores.items()}
+            listed = "  ".join(f"{key.replace('_', ' ')} {value:,.4f}" for key, value in scores.items())
+            width, took = max(map(len, self._sets)), duration(time.monotonic() - began)
+            say(f"  {name:<{width}}  {listed}  ({tokens:,} tokens, {took})")
+        return found
 
 
 def evaluate(
@@ -21,15 +60,19 @@ def evaluate(
     seq_len: int,
     micro_batch: int,
     masked_lm: MaskedLM | None = None,
+    max_tokens: int | None = None,
     beat: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Mean nats per token (`loss`), `perplexity`, and `bits_per_byte` over the UTF-8 bytes of the scored text.
+) -> tuple[dict[str, float], int]:
+    """Mean nats per token (`loss`), `perplexity`, and `bits_per_byte` over the UTF-8 bytes of the scored text; and how
+    many tokens were scored.
 
-    With `masked_lm` the loss alone, over the hidden tokens: it is no likelihood of the text. `beat` is called before
-    every batch.
+    With `masked_lm` the loss alone, over the hidden tokens: it is no likelihood of the text. With `max_tokens` only so
+    many, and the bytes that they stand for. `beat` is called before every batch.
     Called by all processes; they make the same number of forward passes, as ZeRO-3 requires.
     """
-    totals = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    part = max_tokens is not None and max_tokens < dataset.n_tokens
+    lengths = torch.from_numpy(Tokenizer(dataset.tokenizer_path).utf8_lengths()) if part and not masked_lm else None
+    totals = torch.zeros(3, dtype=torch.float64, device=processes.device)
     engine.eval()
     with torch.no_grad():
         for batch in evaluation_batches(
@@ -39,22 +82,26 @@ def evaluate(
             rank=processes.rank,
             world_size=processes.world_size,
             masked_lm=masked_lm,
+            max_tokens=max_tokens,
         ):
             beat()
             scored = batch if batch is not None else _blank(seq_len)
             nats = engine(*to_device(scored, processes.device))
-            totals += torch.stack([nats.double(), scored.loss_mask.sum().to(nats.device).double()])
+            size = 0 if lengths is None else int(lengths[scored.targets[scored.loss_mask]].sum())
+            counted = torch.tensor([0, int(scored.loss_mask.sum()), size], dtype=torch.float64)
+            counted = counted.to(processes.device)
+            counted[0] = nats.double()
+            totals += counted
     engine.train()
     dist.all_reduce(totals)
-    nats, tokens = totals.tolist()
-    if masked_lm:
-        return {"loss": nats / tokens} if tokens else {}
+    nats, tokens, utf8_bytes = totals.tolist()
+    if masked_lm or not tokens:
+        return ({"loss": nats / tokens} if tokens else {}), int(tokens)
     loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": nats / math.log(2) / dataset.n_utf8_bytes,
-    }
+    scores = {"loss": loss, "perplexity": math.exp(min(loss, LARGEST_EXPONENT))}
+    if size := utf8_bytes if part else dataset.n_utf8_bytes:
+        scores["bits_per_byte"] = nats / math.log(2) / size
+    return scores, int(tokens)
 
 
 def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -187,6 +187,10 @@ class Sender:
         if "rollback" in record:
             self._begin_child(run_id, record["rollback"])
             return
+        if "samples" in record:
+            if (path := self._directory.path / record["samples"]).exists():
+                self._client.log_artifact(run_id, str(path), "samples")
+            return
         if "bad_step" in record:
             self._client.set_tag(run_id, f"bad_step.{record['step']}", json.dumps(record["bad_step"])[:5000])
             return

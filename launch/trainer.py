@@ -1,6 +1,5 @@
 """The training loop."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,20 @@ from launch.checkpoint import (
 from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
-from launch.evaluate import evaluate, to_device
+from launch.evaluate import Validation, to_device
 from launch.gradients import GradientNorms, discard_gradients, total_norm
 from launch.initial_weights import find_origin, load_weights
-from launch.progress import Pace, progress_line, say
+from launch.layer_metrics import LayerMetrics
+from launch.profiling import Profiler
+from launch.progress import Pace, first_lines, progress_line, say
 from launch.rollback import Rollback, carry_out, pass_over, plan_rollback, record_stop, set_aside
 from launch.run_directory import RunDirectory
+from launch.samples import Samples, read_prompts
 from launch.saving import CheckpointSaver, SavedCheckpoint
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
 from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
-from launch.watchdog import Watchdog
+from launch.watchdog import Phase, Watchdog
 from pipeline.batches import DataState, TrainingStream
 from pipeline.errors import UserError
 from pipeline.masking import Corruption
@@ -67,6 +69,7 @@ def open_datasets(config: RunConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
             )
     if config.data.masked_lm:
         Corruption(config.data.masked_lm, first)  # refuses a tokenizer without a mask piece
+    read_prompts(config, first.tokenizer_path)  # refuses what the model cannot go on from
     return training, validation
 
 
@@ -90,11 +93,11 @@ def open_steps(config: RunConfig, stream: TrainingStream, processes: Processes) 
 
 def train(config: RunConfig, processes: Processes) -> int:
     """Train to the last step or to a reason to stop; returns the exit status. Called by all processes."""
-    with Watchdog(config.watchdog, processes) as watchdog:
-        return _train(config, processes, watchdog)
+    with Watchdog(config.watchdog, processes) as watchdog, Profiler(config, processes) as profiler:
+        return _train(config, processes, watchdog, profiler)
 
 
-def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
+def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler: Profiler) -> int:
     directory = RunDirectory(config.run.dir)
     training, validation = open_datasets(config)
     accumulation = accumulation_steps(config, processes.world_size)
@@ -111,7 +114,9 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
     backup = Backup(directory.checkpoints, copy_to, uid) if copy_to and processes.rank == 0 else None
 
-    engine = build_engine(config, processes)
+    for line in first_lines(config, training, processes):
+        say(line)
+    profiler.engine = engine = build_engine(config, processes)
     stream = open_stream(config, training)
     progress = Progress(0, 0, stream.state, attempt, History())
     if resume_from is not None:
@@ -127,48 +132,44 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     norms = GradientNorms(engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
 
-    def announce(saved: SavedCheckpoint) -> None:
-        say(str(saved))
+    tokenizer = training.components[0].dataset.tokenizer_path
+    validate = Validation(config, validation, engine, processes)
+    samples = Samples(config, tokenizer, engine, processes)
+    layer_metrics = LayerMetrics(config, engine, processes)
+
+    def enter(phase: Phase) -> None:
+        watchdog.enter(phase)
+        profiler.enter(phase)
+
+    def announce(checkpoint: SavedCheckpoint) -> None:
+        say(str(checkpoint))
         if backup:
             backup.notice()
         if tracker:
-            tracker.checkpoint(saved.step, saved.path)
+            tracker.checkpoint(checkpoint.step, checkpoint.path)
 
     saver = CheckpointSaver(
         directory.checkpoints,
         engine,
         processes,
         config,
-        tokenizer=training.components[0].dataset.tokenizer_path,
+        tokenizer=tokenizer,
         run_uid=uid,
         protected=lambda: {path for path in (resume_from, backup and backup.busy_with) if path},
         announce=announce,
     )
 
     def save(scores: dict[str, float] | None = None) -> None:
-        watchdog.enter("save")
+        enter("save")
         saver.begin(progress, mlflow_run_id=tracker.run_id if tracker else None, scores=scores)
 
     def score() -> dict[str, float]:
-        found: dict[str, float] = {}
-        micro_batch = config.evaluate.micro_batch or config.train.micro_batch
-        for name, dataset in validation.items():
-            started = time.monotonic()
-            scores = evaluate(
-                engine,
-                dataset,
-                processes,
-                seq_len=config.data.seq_len,
-                micro_batch=micro_batch,
-                masked_lm=config.data.masked_lm,
-                beat=lambda: watchdog.enter("evaluate"),
-            )
-            metrics = {f"{name}/{key}": value for key, value in scores.items()}
-            found |= metrics
-            listed = "  ".join(f"{key} {value:.4f}" for key, value in scores.items())
-            say(f"{name}: {listed}  ({dataset.n_tokens:,} tokens in {time.monotonic() - started:.0f} s)")
-            if tracker:
-                tracker.log(progress.step, metrics | {"train/tokens": progress.tokens})
+        found = validate.score(progress.step, lambda: enter("evaluate"))
+        written = samples.write(progress.step, progress.tokens, lambda: enter("evaluate"))
+        if tracker and found:
+            tracker.log(progress.step, found | {"train/tokens": progress.tokens})
+        if tracker and written:
+            tracker.samples(progress.step, written)
         return found
 
     status, saved_step = FINISHED, progress.step if resume_from is not None else None
@@ -177,10 +178,12 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     steps = open_steps(config, stream, processes)
     try:
         while progress.step < config.steps:
+            number = progress.step + 1
             pace.start_step()
-            watchdog.enter("data")
+            profiler.start(number)
+            enter("data")
             step = steps.next()
-            watchdog.enter("wait")
+            enter("wait")
             reason = stop.reason
             # One sum over all processes: how many targets there are, who wants to stop, who has written a checkpoint.
             targets, stopping, written = processes.total(step.targets, reason is not None, saver.written)
@@ -190,18 +193,22 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
                 status = STOPPED
                 break
 
+            watched: dict[str, float] = {}
+            if layer_metrics.due(number):
+                enter("forward")
+                watched = layer_metrics.activations(step.batches)
             # DeepSpeed averages over processes and micro batches; the loss is a sum over the step's global targets.
             scale = processes.world_size * accumulation / max(targets, 1)
             nats = torch.zeros((), dtype=torch.float64, device=processes.device)
             for position, batch in enumerate(step.batches):
-                watchdog.enter("forward")
+                enter("forward")
                 summed = engine(*to_device(batch, processes.device))
                 nats += summed.detach().double()
-                watchdog.enter("backward")
+                enter("backward")
                 engine.backward(summed * scale)
                 if position < accumulation - 1:
                     engine.step()
-            watchdog.enter("step")
+            enter("step")
             # This waits for the GPU: nothing reads the step's batches any more when the next step is asked for.
             total_nats, layer_norms = norms.reduce(nats)
             loss, norm = total_nats / max(targets, 1), total_norm(layer_norms)
@@ -235,9 +242,11 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
                 history=history,
             )
             pace.end_step()
+            if profiler.stop():
+                pace.pause()
 
             if written == processes.world_size:
-                watchdog.enter("save")
+                enter("save")
                 saver.finish()
                 pace.pause()
             last, scores = progress.step == config.steps, None
@@ -245,6 +254,8 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
                 metrics = {"train/lr": lr, "train/tokens": progress.tokens, **pace.metrics}
                 if fault is None:
                     metrics |= {"train/loss": loss, "train/grad_norm": norm}
+                    if layer_metrics.due(number):
+                        metrics |= watched | layer_metrics.gradients(layer_norms)
                 if skipped := history.counted(progress.step, config.bad_steps):
                     metrics["train/skipped_steps"] = len(skipped)
                 logged = progress.step % config.train.log_every == 0 or last
@@ -260,7 +271,7 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
                 pace.pause()
         if (status == STOPPED or over_budget) and saved_step != progress.step:
             save()
-        watchdog.enter("save")
+        enter("save")
         saver.finish()
         if over_budget:
             processes.once(lambda: record_stop(directory, attempt, over_budget))
@@ -269,8 +280,9 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
             processes.once(lambda: directory.finish(progress.step, progress.tokens))
             say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
         outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
-        watchdog.enter("wait")
+        enter("wait")
     except Exception as error:
+        profiler.explain(error)
         watchdog.failed(error)
         raise
     finally:

@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.masking import Corruption, MaskedLM
 from pipeline.mixture import Component, Mixture
-from pipeline.order import sample_position
+from pipeline.order import derive_key, permute, sample_position
 from pipeline.shards import TokenDataset
 
 
@@ -232,17 +232,20 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     masked_lm: MaskedLM | None = None,
+    max_tokens: int | None = None,
 ) -> Iterator[Batch | None]:
     """This rank's windows of one pass over a split, in order, `batch_size` at a time (the last batch may be smaller).
 
+    max_tokens: read only so many windows that they hold as many tokens, at least one: the same ones in every run.
     Windows are dealt to the ranks in turn. All ranks get the same number of items, None where one has no window left,
-    so that collectives match; over all ranks every token is scored exactly once. Masked LM: every chosen token, and
-    what is chosen in a window depends on its number alone.
+    so that collectives match; over all ranks every token of these windows is scored exactly once. Masked LM: every
+    chosen token, and what is chosen in a window depends on its number alone.
     """
     windows = Windows(dataset, seq_len)
     corruption = Corruption(masked_lm, dataset, "evaluation") if masked_lm else None
-    mine = range(rank, len(windows), world_size)
-    longest = -(-len(windows) // world_size)
+    chosen = _evaluated_windows(windows, max_tokens)
+    mine = chosen[rank::world_size]
+    longest = -(-len(chosen) // world_size)
     for start in range(0, longest, batch_size):
         part = mine[start : start + batch_size]
         batch = windows.load(part) if part else None
@@ -250,3 +253,11 @@ def evaluation_batches(
             for window, row in zip(part, batch.rows(), strict=True):
                 corruption.apply(window, row.tokens, row.targets, row.loss_mask)
         yield batch
+
+
+def _evaluated_windows(windows: Windows, max_tokens: int | None) -> Sequence[int]:
+    wanted = len(windows) if max_tokens is None else max(1, max_tokens // windows.seq_len)
+    if wanted >= len(windows):
+        return range(len(windows))
+    key = derive_key("evaluated windows", windows.dataset.digest)
+    return sorted(permute(number, len(windows), key) for number in range(wanted))

@@ -1,16 +1,33 @@
 """Processes, accumulation and ZeRO stages change how a step is computed, never what it computes."""
 
+import gzip
+import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+from flash_model.export import load_model
+from flash_model.generate import generate_text, load_tokenizer
 
 STAGES = (0, 1, 2, 3)
 COMPILED_STAGES = (1, 3)
 # The short last window of the data is in the first step (tests assert it), so that masks are unequal.
 SAMPLES = 4
+SEEN_STAGES = (1, 3)
+SEEN = [
+    "evaluate.every_tokens=2048",
+    "samples.prompts=[The,'']",
+    "samples.max_tokens=20",
+    "layer_metrics.every_steps=3",
+]
+SEEN += ["profile.steps=[2]", "profile.ranks=all", "checkpoint.every_tokens=1024", "checkpoint.background=false"]
+"""All that looks at a run."""
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +56,11 @@ def folder(
         output = str(folder / f"gradient-{processes}.pt")
         return {"config": str(run_config), "overrides": overrides, "action": "gradients", "output": output}
 
-    compiled = [train(f"compiled-{stage}", stage, "train.compile=true") for stage in COMPILED_STAGES]
+    compiled = ["train.compile=true", "layer_metrics.every_steps=4"]
+    more = [train(f"compiled-{stage}", stage, *compiled) for stage in COMPILED_STAGES]
+    more += [train(f"seen-{stage}", stage, *SEEN) for stage in SEEN_STAGES]
     run_cases(folder, [gradient(1), train("one", 1)], 1)
-    run_cases(folder, [gradient(2), *(train(f"two-{stage}", stage) for stage in STAGES), *compiled], 2)
+    run_cases(folder, [gradient(2), *(train(f"two-{stage}", stage) for stage in STAGES), *more], 2)
     run_cases(folder, [gradient(4)], 4)
     return folder
 
@@ -82,3 +101,67 @@ def test_processes_and_accumulation_give_the_same_gradient(folder: Path, process
     for name, gradient in alone["gradients"].items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(shared["gradients"][name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("stage", SEEN_STAGES)
+def test_looking_at_a_run_changes_no_bit(
+    folder: Path, metric: Callable[[Path, str], dict[int, float]], stage: int
+) -> None:
+    for name in ("train/loss", "train/grad_norm", "valid/loss"):
+        seen, unseen = (metric(folder / f"{kind}-{stage}", name) for kind in ("seen", "two"))
+        assert {step: seen[step] for step in unseen} == unseen, name
+    path = "checkpoints/step-00000008/model/model.safetensors"
+    seen_weights, weights = (load_file(folder / f"{kind}-{stage}" / path) for kind in ("seen", "two"))
+    assert all(torch.equal(seen_weights[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("stage", SEEN_STAGES)
+def test_the_model_writes_at_each_evaluation(folder: Path, stage: int) -> None:
+    run = folder / f"seen-{stage}"
+    names = ["step-00000004.md", "step-00000008.md"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == names
+    text = (run / "samples" / names[-1]).read_text()
+    assert text.startswith("# Step 8, 4,096 tokens\n\n")
+    first, second = re.findall(r"````text\n(.*?)\n````", text, re.DOTALL)
+    assert first.startswith("The")
+    assert len(first) > 10
+    assert len(second) > 5
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["samples"] for record in records if "samples" in record] == [f"samples/{name}" for name in names]
+    # What was generated is what the saved model generates.
+    model = load_model(run / "checkpoints/step-00000008")
+    assert second == generate_text(
+        model, load_tokenizer(run / "checkpoints/step-00000008/model"), "", max_tokens=20, temperature=0.8
+    )
+
+
+@pytest.mark.parametrize(
+    "run", [*(f"seen-{stage}" for stage in SEEN_STAGES), *(f"compiled-{s}" for s in COMPILED_STAGES)]
+)
+def test_norms_by_layer(folder: Path, metric: Callable[[Path, str], dict[int, float]], run: str) -> None:
+    steps = [4, 8] if "compiled" in run else [3, 6]
+    total = metric(folder / run, "train/grad_norm")
+    parts = [
+        metric(folder / run, f"layers/grad_norm/{name}") for name in ("embedding", "positions", "00", "01", "norm")
+    ]
+    for step in steps:
+        assert math.hypot(*(norms[step] for norms in parts)) == pytest.approx(total[step], rel=1e-6)
+    for layer in ("00", "01"):
+        rms, largest = (metric(folder / run, f"layers/activation_{kind}/{layer}") for kind in ("rms", "max"))
+        assert list(rms) == list(largest) == steps
+        assert all(0 < rms[step] < largest[step] < 100 * rms[step] for step in steps)
+    assert metric(folder / "seen-3", "layers/activation_rms/01") == pytest.approx(
+        metric(folder / "seen-1", "layers/activation_rms/01"), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("stage", SEEN_STAGES)
+def test_a_trace_shows_phases_and_ops(folder: Path, stage: int) -> None:
+    profiles = folder / f"seen-{stage}" / "profiles"
+    assert sorted(path.name for path in profiles.iterdir()) == [f"rank{rank}-step2.json.gz" for rank in (0, 1)]
+    for path in profiles.iterdir():
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+        names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
+        assert [names.count(phase) for phase in ("data", "forward", "backward", "step")] == [1, 2, 2, 1]
+        assert any("mixed_chunk" in str(event.get("name")) for event in events if event.get("cat") == "cpu_op")
