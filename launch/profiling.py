@@ -110,14 +110,14 @@ class Profiler:
             snapshot += "https://pytorch.org/memory_viz"
         except Exception as failure:
             snapshot = f"no snapshot of it could be written: {type(failure).__name__}: {failure}"
+        first = str(error).partition(".")[0].strip()
         lines = [
-            f"error: rank {self._rank} ran out of GPU memory in phase {self._phase} of step {self._step}: "
-            f"{str(error).splitlines()[0]}",
-            f"  {', '.join(f'{name} {size / 2**30:.2f} GiB' for name, size in self._memory_by_part())}",
-            f"  {snapshot}",
-            f"  {'; '.join(self._advice())}",
+            f"error: rank {self._rank} ran out of GPU memory in phase {self._phase} of step {self._step}: {first}",
+            ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in self._memory_by_part()),
+            snapshot,
+            "; ".join(self._advice()),
         ]
-        sys.stderr.write("\n".join(lines) + "\n")
+        sys.stderr.write("\n  ".join(filter(None, lines)) + "\n")
         sys.stderr.flush()
 
     def _memory_by_part(self) -> Iterator[tuple[str, float]]:

@@ -236,7 +236,7 @@ def evaluation_batches(
 ) -> Iterator[Batch | None]:
     """This rank's windows of one pass over a split, in order, `batch_size` at a time (the last batch may be smaller).
 
-    max_tokens: read only so many windows that they hold as many tokens, at least one: the same ones in every run.
+    max_tokens: read only as many windows as hold so many tokens: the same ones in every run.
     Windows are dealt to the ranks in turn. All ranks get the same number of items, None where one has no window left,
     so that collectives match; over all ranks every token of these windows is scored exactly once. Masked LM: every
     chosen token, and what is chosen in a window depends on its number alone.
@@ -256,7 +256,7 @@ def evaluation_batches(
 
 
 def _evaluated_windows(windows: Windows, max_tokens: int | None) -> Sequence[int]:
-    wanted = len(windows) if max_tokens is None else max(1, max_tokens // windows.seq_len)
+    wanted = len(windows) if max_tokens is None else -(-max_tokens // windows.seq_len)
     if wanted >= len(windows):
         return range(len(windows))
     key = derive_key("evaluated windows", windows.dataset.digest)
