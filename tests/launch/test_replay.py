@@ -84,8 +84,14 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     for step in range(1, 6):
         tracker.log(step, {"train/loss": 10.0 - step, "train/lr": 0.1})
     tracker.checkpoint(3, directory.checkpoints / "step-00000003")
+    sample = directory.path / "samples/step-00000003.md"
+    sample.parent.mkdir()
+    sample.write_text("# Step 3")
+    tracker.samples(3, sample)
     sender = Sender(directory)
     assert sender.send_new()
+    (sent,) = (directory.path / "artifacts").rglob("samples/step-00000003.md")
+    assert sent.read_text() == "# Step 3"
     assert not sender.send_new(), "nothing was new"
     with open(directory.metrics, "a") as file:
         file.write('{"time": 1, "attempt": 0, "step": 6, "metr')  # killed while writing
