@@ -62,6 +62,7 @@ def run_config(size: str, folder: Path, **train: Any) -> RunConfig:
             "model": {"vocab_size": VOCAB_SIZE, **chosen["model"]},
             "data": {"path": folder / "data", "seq_len": train.pop("seq_len", chosen["data"]["seq_len"])},
             "train": {**chosen["train"], "tokens": 1, **train},
+            "optimizer": {"lr": 1e-5},
             "checkpoint": {"export_model": False},
             "tracking": {"enabled": False},
         }

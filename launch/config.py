@@ -15,6 +15,9 @@ from pipeline.locations import locate
 from pipeline.masking import MaskedLM
 from pipeline.strict_yaml import StrictModel, load_config
 
+METRIC_GROUPS = ("train", "perf", "layers", "system")
+"""What metrics are called that are no validation set's."""
+
 
 class RunSection(StrictModel):
     """Where a run lives and how it starts."""
@@ -102,6 +105,12 @@ class DataSection(StrictModel):
             found.append(f"data: {given}: set exactly one of data.path (one dataset) and data.mixture (several)")
         if self.mixture is not None and self.split != "train":
             found.append("data.split: belongs to data.path; give each dataset of data.mixture its own split")
+        for name in self.validation:
+            if not re.fullmatch(r"[\w.-]+", name) or name in METRIC_GROUPS:
+                found.append(
+                    f"data.validation: a set cannot be called {name!r}, metrics are called NAME/loss: take letters, "
+                    f"digits, '_', '.' and '-', and none of {', '.join(METRIC_GROUPS)}"
+                )
         names = [component_name(component) for component in self.mixture or ()]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             found.append(f"data.mixture: two datasets are called {', '.join(repeated)}: give each a `name` of its own")

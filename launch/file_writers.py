@@ -127,7 +127,10 @@ class FileWriters:
     def _write_file(self, path: Path, write: Callable[["HashedFile"], object]) -> None:
         with open(path, "xb", buffering=0) as raw:
             file = HashedFile(raw, self._hashers, lambda: self._given_up)
-            write(file)
+            try:
+                write(file)
+            except RuntimeError as error:  # torch.save's, which says nothing of the disk
+                raise file.failure or error from error
             began = time.perf_counter()
             os.fsync(raw.fileno())
             now = time.perf_counter()
@@ -145,6 +148,7 @@ class HashedFile:
         self._raw, self._hashers, self._given_up = raw, hashers, given_up
         self._digest, self._size = hashlib.sha256(), 0
         self.seconds = {"write": 0.0, "hash": 0.0}
+        self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write all of `data`; hashing goes on beside it. Neither holds the interpreter's lock."""
@@ -155,9 +159,13 @@ class HashedFile:
             block = whole[start : start + BLOCK]
             hashed = self._hashers.submit(self._hash, block)
             began = time.perf_counter()
-            position = 0
-            while position < len(block):
-                position += self._raw.write(block[position:])
+            try:
+                position = 0
+                while position < len(block):
+                    position += self._raw.write(block[position:])
+            except OSError as error:
+                self.failure = error
+                raise
             self.seconds["write"] += time.perf_counter() - began
             hashed.result()
         self._size += len(whole)

@@ -22,8 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 WriteConfig = Callable[..., Path]
 
 
-def train(config: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def train(config: Path, *arguments: str, largest_file: int | None = None) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "launch/train.py", str(config), "tracking.enabled=false", *arguments]
+    if largest_file is not None:
+        command = ["prlimit", f"--fsize={largest_file}", *command]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -223,6 +225,23 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path, damage: str) -> None:
     assert victim.name in done.stdout
     assert "continuing from step-00000002" in done.stdout
     assert json.loads((copied / "run/DONE").read_text())["step"] == 5
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_nothing(copied: Path) -> None:
+    settings = ["--resume", "train.tokens=3072", "checkpoint.every_tokens=512"]
+    done = train(copied / "run.yaml", *settings, largest_file=100_000)
+    assert done.returncode not in (0, 2, 75), done.stdout
+    assert "OSError: rank 0 could not write" in done.stderr
+    assert "File too large" in done.stderr
+    checkpoints = copied / "run/checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000002", "step-00000004"]
+    assert (checkpoints / "latest").read_text() == "step-00000004\n"
+    done = train(copied / "run.yaml", *settings)
+    assert done.returncode == 0, done.stderr
+    assert "continuing from step-00000004" in done.stdout
+    assert "training stood still for" in done.stdout
+    assert (checkpoints / "latest").read_text() == "step-00000006\n"
+    assert not list(checkpoints.glob(".*"))
 
 
 def test_a_run_keeps_what_its_rules_say_and_what_it_was_resumed_from(copied: Path, prepared_data: Path) -> None:
