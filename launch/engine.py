@@ -114,6 +114,8 @@ def start_processes() -> Processes:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # On CPUs DeepSpeed would compile a shared-memory reduction (80 s, g++) that only its inference code calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Half a dozen reports of memory at the start, which no setting switches off.
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda message, force=False: None
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
