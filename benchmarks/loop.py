@@ -16,10 +16,10 @@ from unittest import mock
 
 import torch
 
+from benchmarks.loop_table import loop_report
 from benchmarks.machine import describe_machine, synchronize
 from benchmarks.reading import VOCAB_SIZE, make_dataset
 from benchmarks.report import DispatchLog, write_results
-from benchmarks.table import loop_report
 from flash_model.config import count_parameters
 from launch import trainer
 from launch.bad_steps import History

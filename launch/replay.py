@@ -187,8 +187,8 @@ class Sender:
         if "rollback" in record:
             self._begin_child(run_id, record["rollback"])
             return
-        if "samples" in record:
-            if (path := self._directory.path / record["samples"]).exists():
+        if "text" in record:
+            if (path := self._directory.path / record["text"]).exists():
                 self._client.log_artifact(run_id, str(path), "samples")
             return
         if "bad_step" in record:

@@ -58,9 +58,9 @@ class Tracker:
         """Record that the checkpoint of `step` lies at `path`."""
         self._write({"step": step, "checkpoint": str(path)})
 
-    def samples(self, step: int, path: Path) -> None:
-        """Record that what the model wrote after `step` is in the file `path`."""
-        self._write({"step": step, "samples": str(path.relative_to(self._directory.path))})
+    def text(self, step: int, path: Path) -> None:
+        """Record that what the model wrote after `step` is in the file `path` of the run directory."""
+        self._write({"step": step, "text": str(path.relative_to(self._directory.path))})
 
     def bad_step(self, step: int, found: dict[str, Any]) -> None:
         """Record what was wrong with `step`, which was not learnt from."""

@@ -169,7 +169,7 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
         if tracker and found:
             tracker.log(progress.step, found | {"train/tokens": progress.tokens})
         if tracker and written:
-            tracker.samples(progress.step, written)
+            tracker.text(progress.step, written)
         return found
 
     status, saved_step = FINISHED, progress.step if resume_from is not None else None

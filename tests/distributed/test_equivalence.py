@@ -127,7 +127,7 @@ def test_the_model_writes_at_each_evaluation(folder: Path, stage: int) -> None:
     assert len(first) > 10
     assert len(second) > 5
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [record["samples"] for record in records if "samples" in record] == [f"samples/{name}" for name in names]
+    assert [record["text"] for record in records if "text" in record] == [f"samples/{name}" for name in names]
     # What was generated is what the saved model generates.
     model = load_model(run / "checkpoints/step-00000008")
     assert second == generate_text(

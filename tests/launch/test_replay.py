@@ -87,7 +87,7 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     sample = directory.path / "samples/step-00000003.md"
     sample.parent.mkdir()
     sample.write_text("# Step 3")
-    tracker.samples(3, sample)
+    tracker.text(3, sample)
     sender = Sender(directory)
     assert sender.send_new()
     (sent,) = (directory.path / "artifacts").rglob("samples/step-00000003.md")
