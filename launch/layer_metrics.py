@@ -34,8 +34,10 @@ class LayerMetrics:
         largest = torch.zeros(len(layers), dtype=torch.float64, device=self._processes.device)
 
         def hook(number: int) -> Any:
-            def look(layer: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor]) -> None:
-                x = (outputs[0] + outputs[1]).float()
+            def look(layer: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+                # A layer hands on its input, its update and that one's bias, for the next one to add.
+                x = sum(part.float() for part in outputs)
+                assert isinstance(x, Tensor)
                 squares[number] = x.square().sum(dtype=torch.float64)
                 largest[number] = x.abs().max()
                 if number == 0:

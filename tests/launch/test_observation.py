@@ -98,10 +98,11 @@ def test_activation_norms_are_those_of_the_stream_behind_each_layer(
     streams: list[torch.Tensor] = []
     with torch.no_grad():
         assert model.positions is not None
-        x, update = model.positions(model.embedding(tokens)), None
+        x = model.positions(model.embedding(tokens))
+        update: list[torch.Tensor] = []
         for layer in model.layers:
-            x, update = layer(x, batch.doc_ids, update)
-            streams.append(x + update)
+            x, *update = layer(x, batch.doc_ids, *update)
+            streams.append(x + sum(update))
     calls = []
     if compiled:
 
