@@ -47,7 +47,7 @@ class Sender:
     def __init__(self, directory: RunDirectory, last_attempt: int | None = None) -> None:
         # MLflow's own retries take minutes, say nothing, and create a run a second time; this module has its own.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow
 
         self._directory = directory
@@ -261,8 +261,7 @@ def replay(directory: RunDirectory, *, follow: int | None = None, attempt: int |
     said_at = 0.0
     while True:
         # Looked at before sending: what was there then has been sent when nothing is new.
-        last, alive = _last_record(directory), _is_alive(directory, follow)
-        ended = follow is None or not alive or last.get("status") in FINAL
+        ended, alive, last = _has_ended(directory, follow), _is_alive(directory, follow), _last_record(directory)
         try:
             sender = sender or Sender(directory, attempt)
             moved = sender.send_new()
@@ -283,12 +282,14 @@ def replay(directory: RunDirectory, *, follow: int | None = None, attempt: int |
                 logger.warning("MLflow did not take the records, they are kept: %s: %s", type(error).__name__, error)
                 said_at = now
             dead_since = dead_since or now
-            retry_at = time.monotonic() + RETRY_SECONDS
-            while time.monotonic() < retry_at:
-                over = not _is_alive(directory, follow) or _last_record(directory).get("status") in FINAL
-                if (follow is None or over) and time.monotonic() - dead_since > PATIENCE_SECONDS:
-                    return 1
-                time.sleep(POLL_SECONDS / 2)
+            if ended and now - dead_since > PATIENCE_SECONDS:
+                return 1
+            while time.monotonic() - now < RETRY_SECONDS and _has_ended(directory, follow) == ended:
+                time.sleep(POLL_SECONDS / 4)
+
+
+def _has_ended(directory: RunDirectory, follow: int | None) -> bool:
+    return follow is None or not _is_alive(directory, follow) or _last_record(directory).get("status") in FINAL
 
 
 def _is_alive(directory: RunDirectory, follow: int | None) -> bool:
