@@ -42,6 +42,7 @@ class Sender:
     """Carries one run's records, in order, from its directory to an MLflow store.
 
     last_attempt: leaves later attempts to their own senders; default: all.
+    advances: how often it has made headway.
     """
 
     def __init__(self, directory: RunDirectory, last_attempt: int | None = None) -> None:
@@ -59,6 +60,7 @@ class Sender:
         mlflow.set_tracking_uri(self._state["uri"])
         self._client = mlflow.MlflowClient()
         self._stored: dict[str, int] | None = None
+        self.advances = 0
 
     def send_new(self) -> bool:
         """Send what was appended since the last call; True if there was anything. Raises MLflow's errors."""
@@ -98,6 +100,7 @@ class Sender:
         return moved
 
     def _advance(self, **changes: Any) -> None:
+        self.advances += 1
         self._state |= changes
         write_json(self._directory.tracking, self._state)
 
@@ -262,6 +265,7 @@ def replay(directory: RunDirectory, *, follow: int | None = None, attempt: int |
     while True:
         # Looked at before sending: what was there then has been sent when nothing is new.
         ended, alive, last = _has_ended(directory, follow), _is_alive(directory, follow), _last_record(directory)
+        advances = sender.advances if sender else 0
         try:
             sender = sender or Sender(directory, attempt)
             moved = sender.send_new()
@@ -281,7 +285,8 @@ def replay(directory: RunDirectory, *, follow: int | None = None, attempt: int |
             if dead_since is None or now - said_at > REPEAT_SECONDS:
                 logger.warning("MLflow did not take the records, they are kept: %s: %s", type(error).__name__, error)
                 said_at = now
-            dead_since = dead_since or now
+            if dead_since is None or (sender and sender.advances > advances):
+                dead_since = now
             if ended and now - dead_since > PATIENCE_SECONDS:
                 return 1
             while time.monotonic() - now < RETRY_SECONDS and _has_ended(directory, follow) == ended:

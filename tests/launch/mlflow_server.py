@@ -68,13 +68,12 @@ class Cut(Exception):  # noqa: N818 (no error)
 class Proxy:
     """Passes requests on to a server.
 
-    before, after: called with a request's path before it is passed on and before its answer is; they may raise `Cut`.
+    after: called with the path and body of a request before its answer is passed on; may raise `Cut`.
     authorization: the header without which a request is refused.
     """
 
     def __init__(self, server: Server) -> None:
-        self.before: Callable[[str], None] | None = None
-        self.after: Callable[[str], None] | None = None
+        self.after: Callable[[str, bytes], None] | None = None
         self.authorization: str | None = None
         self.refused = 0
         proxy = self
@@ -94,14 +93,12 @@ class Proxy:
                     proxy.refused += 1
                     self.send_error(401)
                     return
-                if proxy.before:
-                    proxy.before(self.path)
                 backend = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
                 backend.request(self.command, self.path, body, dict(self.headers))
                 answer = backend.getresponse()
                 content = answer.read()
                 if proxy.after:
-                    proxy.after(self.path)
+                    proxy.after(self.path, body)
                 self.send_response(answer.status)
                 self.send_header("Content-Type", answer.headers.get("Content-Type", "application/json"))
                 self.send_header("Content-Length", str(len(content)))

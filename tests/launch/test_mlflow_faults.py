@@ -149,7 +149,7 @@ def test_answers_that_are_lost_and_senders_that_die_double_nothing(
     happened = at_batch(3, lambda: server.kill())
     proxy.after = happened
     sender = start_replay(directory)
-    assert happened.event.wait(90)
+    assert happened.done.wait(90)
     end(sender)
     assert 0 < len(stored_points(server, directory)) < len(expected)
 
@@ -178,7 +178,7 @@ def test_answers_that_are_lost_and_senders_that_die_double_nothing(
     proxy.after = happened
     sender = start_replay(directory)
     assert sender.wait(120) == 0
-    assert happened.done
+    assert happened.done.is_set()
     assert stored_points(server, directory) == expected
     assert stored_status(server, directory) == "KILLED", "its trainer is gone, and did not say how"
 
@@ -219,17 +219,13 @@ class at_batch:  # noqa: N801
 
     def __init__(self, number: int, action: Callable[[], None]) -> None:
         self._left, self._action = number, action
-        self.event = threading.Event()
-        self.done = False
+        self.done = threading.Event()
 
-    def __call__(self, path: str) -> None:
-        if "log-batch" not in path or self.event.is_set():
-            return
-        self._left -= 1
-        if self._left == 0:
-            self.event.set()
+    def __call__(self, path: str, body: bytes) -> None:
+        self._left -= path.endswith("log-batch") and b'"key": "train/' in body
+        if self._left == 0 and not self.done.is_set():
             self._action()
-            self.done = True
+            self.done.set()
             raise Cut
 
 
