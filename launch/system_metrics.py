@@ -97,6 +97,10 @@ def visible_gpus() -> dict[int, Any]:
             return handles
         names = [name.strip() for name in chosen.split(",") if name.strip()]
         uuids = {index: pynvml.nvmlDeviceGetUUID(handle) for index, handle in handles.items()}
+    except ImportError:
+        if Path("/dev/nvidiactl").exists():
+            print("GPUs are not sampled: `pip install nvidia-ml-py` brings what reads them", file=sys.stderr)
+        return {}
     except Exception:
         return {}
     return {i: h for i, h in handles.items() if str(i) in names or any(uuids[i].startswith(n) for n in names)}
