@@ -137,20 +137,22 @@ def tracking_report(document: Mapping[str, Any]) -> str:
     )
     cells = []
     for row in document["rows"]:
-        low, high = row["ratio_interval"]
         share = row["cpu_share"]
         cells.append(
             [
                 row["place"],
-                number(row["ms"], ".3f"),
-                f"{100 * (row['ratio'] - 1):+.2f}",
-                f"{100 * (low - 1):+.2f} to {100 * (high - 1):+.2f}",
+                number(row["wall"]["ms"], ".2f"),
+                _more(row["wall"]),
+                number(row["processor"]["ms"], ".2f"),
+                _more(row["processor"]),
+                number(row["record_ms"], ".3f"),
                 number(row["start_cpu_seconds"]),
                 number(share and 100 * share),
                 number(row["close_seconds"]),
             ]
         )
-    header = ["record", "ms", "% more", "95 % interval", "sender's start, CPU s", "then, % of a core", "end, s"]
+    header = ["record", "step, ms", "% more", "CPU, ms", "% more", "record, ms"]
+    header += ["sender's start, CPU s", "then, % of a core", "end, s"]
     backlog = [
         [
             row["store"],
@@ -176,6 +178,12 @@ def tracking_report(document: Mapping[str, Any]) -> str:
             reading,
         ]
     )
+
+
+def _more(compared: Mapping[str, Any]) -> str:
+    """Percent above the base, with the 95 % interval."""
+    shown = [f"{100 * (ratio - 1):+.2f}" for ratio in (compared["ratio"], *compared["ratio_interval"])]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
 REPORTS = {"step": step_report, "op": op_report, "tracking": tracking_report}

@@ -2,9 +2,11 @@
 
 One run of the real training loop, whose record goes to another place in each block of steps: nowhere, to metrics.jsonl
 alone, and to MLflow as well with a server that is fine, slow, dead, or takes connections and never answers. Every block
-is compared with the block of its round without a record; a second one without a record shows the noise. The trainer has
-one processor, what runs beside it (senders, samplers, servers) the others, unless --together. Senders and samplers of
-the other blocks are stopped meanwhile. Then the end of the run is timed, and how fast a backlog is sent.
+is compared with the block of its round without a record; a second one without a record shows the noise. On a machine
+with other work the trainer's processor time, and the time that it spends on the record, say more than the clock.
+
+The trainer has one processor, what runs beside it (senders, samplers, servers) the others, unless --together. Senders
+and samplers of the other blocks are stopped meanwhile. Then the end of the run is timed, and how fast a backlog is sent.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +54,20 @@ class Measured(Exception):  # noqa: N818 (no error)
     """All blocks are done."""
 
 
+@dataclass
+class Block:
+    """The steps of a block: seconds, the trainer's processor time in seconds, and seconds spent on the record."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    record: list[float] = field(default_factory=list)
+
+
 class Place:
     """Where the record goes in some of the blocks."""
 
     def __init__(self, name: str, uri: str | None, config: RunConfig, folder: Path) -> None:
-        self.name, self.seconds, self.medians = name, list[float](), list[float]()
+        self.name, self.blocks = name, list[Block]()
         self.tracker: Tracker | None = None
         self.close_seconds = 0.0
         if "no record" in name:
@@ -120,13 +132,21 @@ class Alternating:
         self._order: list[Place] = []
         self._current: Place | None = None
         self._left = SETTLING_STEPS
+        self._used = 0.0
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Take the time of the step, and record it where it belongs."""
+        used = time.process_time()
         if self._current:
-            self._current.seconds.append(metrics["perf/step_seconds"])
+            block = self._current.blocks[-1]
+            began = time.perf_counter()
             if self._current.tracker:
                 self._current.tracker.log(step, metrics)
+            if self._left <= self._steps:
+                block.wall.append(metrics["perf/step_seconds"])
+                block.processor.append(used - self._used)
+                block.record.append(time.perf_counter() - began)
+        self._used = used
         self._left -= 1
         if self._left == 0:
             self._next_block()
@@ -135,9 +155,6 @@ class Alternating:
         if self._current is None:
             self._settle()
         else:
-            counted = self._current.seconds[SETTLING_STEPS:]
-            self._current.medians.append(statistics.median(counted))
-            self._current.seconds.clear()
             self._current.run_children(signal.SIGSTOP)
         if not self._order:
             if self._rounds == 0:
@@ -145,6 +162,7 @@ class Alternating:
             self._rounds -= 1
             self._order = random.sample(list(self._places), len(self._places))
         self._current = self._order.pop()
+        self._current.blocks.append(Block())
         self._current.run_children(signal.SIGCONT)
         self._left = self._steps + SETTLING_STEPS
 
@@ -240,16 +258,16 @@ def measure_steps(arguments: argparse.Namespace, folder: Path, server: int, slow
     for place in places:
         used = place.cpu_seconds()
         place.close()
-        ratios = [own / base for own, base in zip(place.medians, places[0].medians, strict=True)]
-        active = sum(place.medians) * (arguments.steps + SETTLING_STEPS)
+        active = sum(sum(block.wall) for block in place.blocks) * (1 + SETTLING_STEPS / arguments.steps)
         before = started[place.name]
         rows.append(
             {
                 "place": place.name,
-                "block_ms": [1e3 * seconds for seconds in place.medians],
-                "ms": 1e3 * statistics.median(place.medians),
-                "ratio": statistics.median(ratios),
-                "ratio_interval": interval_of_median(ratios),
+                "wall": compare([block.wall for block in place.blocks], [block.wall for block in places[0].blocks]),
+                "processor": compare(
+                    [block.processor for block in place.blocks], [block.processor for block in places[0].blocks]
+                ),
+                "record_ms": 1e3 * statistics.median(seconds for block in place.blocks for seconds in block.record),
                 "start_cpu_seconds": before,
                 "cpu_share": None if used is None or before is None else (used - before) / active,
                 "close_seconds": place.close_seconds if place.tracker else None,
@@ -258,6 +276,15 @@ def measure_steps(arguments: argparse.Namespace, folder: Path, server: int, slow
     silent.close()
     processes.leave()
     return rows
+
+
+def compare(blocks: Sequence[Sequence[float]], bases: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Median step of each block in ms, their median, and that of the ratios to the base of the same round."""
+    own, base = ([statistics.median(seconds) for seconds in part] for part in (blocks, bases))
+    ratios = [a / b for a, b in zip(own, base, strict=True)]
+    interval = interval_of_median(ratios)
+    found = {"block_ms": [1e3 * seconds for seconds in own], "ms": 1e3 * statistics.median(own)}
+    return found | {"ratio": statistics.median(ratios), "ratio_interval": interval}
 
 
 def interval_of_median(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
