@@ -6,7 +6,7 @@ is compared with the block of its round without a record; a second one without a
 with other work the trainer's processor time, and the time that it spends on the record, say more than the clock.
 
 The trainer has one processor, what runs beside it (senders, samplers, servers) the others, unless --together. Senders
-and samplers of the other blocks are stopped meanwhile. Then the end of the run is timed, and how fast a backlog is sent.
+and samplers of the other blocks are stopped meanwhile. Then the end of the run is timed, and a backlog is sent.
 """
 
 import argparse
