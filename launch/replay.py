@@ -144,7 +144,9 @@ class Sender:
             tags = {"uid": uid, "run_directory": str(self._directory.path), **tags}
             run = self._client.create_run(experiment_id, run_name=name, tags=tags)
         run_id = str(run.info.run_id)
-        parameters = [Param(key, value[:6000]) for key, value in facts["parameters"].items()]
+        # MLflow refuses to change one: those of the first start stay.
+        new = {key: value for key, value in facts["parameters"].items() if key not in run.data.params}
+        parameters = [Param(key, value[:6000]) for key, value in new.items()]
         for start in range(0, len(parameters), 100):
             self._client.log_batch(run_id, params=parameters[start : start + 100])
         return run_id

@@ -188,6 +188,9 @@ def test_a_sender_that_died_after_sending_sends_nothing_twice(config: RunConfig,
     Sender(directory).send_new()
     state = json.loads(directory.tracking.read_text())
     directory.tracking.write_text(json.dumps({"uri": state["uri"], "offset": 0}))
+    facts = json.loads(directory.facts.read_text())
+    facts["parameters"]["train.tokens"] = "changed by a restart"
+    directory.facts.write_text(json.dumps(facts))
     sender = Sender(directory)
     sender.send_new()
     assert json.loads(directory.tracking.read_text())["run_id"] == state["run_id"]
