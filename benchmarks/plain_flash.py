@@ -46,7 +46,7 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
         sums_BGSE = F.pad(states_BGSE.cumsum(1)[:, :-1], (0, 0, 0, 0, 1, 0))
         earlier_BGSE = (sums_BGSE / tokens_before[:, None, None]).to(x.dtype)
         attended_BGCE = scores_BGCC @ v_BGCE + lin_q @ earlier_BGSE
-        return x + self.contract(u_BTE * attended_BGCE.flatten(1, 2))
+        return x + F.linear(u_BTE * attended_BGCE.flatten(1, 2), self.contract.weight, self.contract.bias)
 
 
 class PlainFlashLM(FlashLM):

@@ -108,6 +108,12 @@ def _embed(model: FlashLM, tokens: Tensor, start: int) -> Tensor:
     return x if model.positions is None else model.positions(x, start)
 
 
+def _uvz(layer: GatedAttentionUnit, x: Tensor) -> Tensor:
+    """The layer's uvz (B, T, 2E + S) of x, with its bias."""
+    _, uvz, bias = layer.project(x)
+    return uvz if bias is None else uvz + bias
+
+
 def _project(layer: GatedAttentionUnit, uvz: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return SiLU(u) and SiLU(v) (B, T, E) and the rotated heads (H, B, T, S) of tokens at positions start …"""
     config = layer.config
@@ -126,7 +132,7 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
     config = layer.config
     B, T, _ = x.shape
     C, S, E = config.chunk_size, config.qk_dim, config.expanded_dim
-    uvz, bias = layer.project(x)[1], layer.position_bias()
+    uvz, bias = _uvz(layer, x), layer.position_bias()
     dtype = accumulation_dtype(uvz)
     whole = T - T % C
     zeros = torch.zeros(B, S, E, dtype=dtype, device=x.device)
@@ -150,12 +156,12 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
         _, values, heads = _project(layer, uvz[:, whole:], whole)
         memory.quad_k[:, : T - whole], memory.values[:, : T - whole] = heads[1], values
         memory.open_sum = heads[3].mT @ values
-    return x + layer.contract(torch.cat(attended, 1)), memory
+    return sum(layer.contract(torch.cat(attended, 1)), x), memory
 
 
 def _advance_chunk(layer: GatedAttentionUnit, x: Tensor, memory: ChunkMemory, position: int) -> Tensor:
     C = layer.config.chunk_size
-    uvz = layer.project(x)[1]
+    uvz = _uvz(layer, x)
     gate, values, (quad_q, quad_k, lin_q, lin_k) = _project(layer, uvz, position)
     row = memory.filled
     memory.quad_k[:, row], memory.values[:, row] = quad_k[:, 0], values[:, 0]
@@ -174,21 +180,20 @@ def _advance_chunk(layer: GatedAttentionUnit, x: Tensor, memory: ChunkMemory, po
         memory.closed += 1
         memory.open_sum = torch.zeros_like(memory.open_sum)
         memory.filled = 0
-    return x + layer.contract((gate * attended).to(x.dtype))
+    return sum(layer.contract((gate * attended).to(x.dtype)), x)
 
 
 def _read_all(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, GrowingMemory]:
-    _, values, heads = _project(layer, layer.project(x)[1], 0)
-    x, update = layer(x)
-    return x + update, GrowingMemory(heads[1], values)
+    _, values, heads = _project(layer, _uvz(layer, x), 0)
+    return sum(layer(x)[1:], x), GrowingMemory(heads[1], values)
 
 
 def _advance_all(layer: GatedAttentionUnit, x: Tensor, memory: GrowingMemory, position: int) -> Tensor:
     config = layer.config
-    gate, values, (q, k) = _project(layer, layer.project(x)[1], position)
+    gate, values, (q, k) = _project(layer, _uvz(layer, x), position)
     memory.keys = torch.cat([memory.keys, k], 1)
     memory.values = torch.cat([memory.values, values], 1)
     bias = layer.position_bias().to(values.dtype)[config.bias_extent - 1 - position : config.bias_extent]
     scores = q @ memory.keys.mT / config.norm_length + bias
     attended = scores.relu().square() @ memory.values
-    return x + layer.contract((gate * attended).to(x.dtype))
+    return sum(layer.contract((gate * attended).to(x.dtype)), x)

@@ -82,10 +82,10 @@ class FlashLM(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = self.positions(x)
-        update = None
+        update: tuple[Tensor, ...] = ()
         for layer in self.layers:
-            x, update = layer(x, doc_ids, update)
-        return self.head(x if update is None else x + update, targets, loss_mask)
+            x, *update = layer(x, doc_ids, *update)
+        return self.head(sum(update, x), targets, loss_mask)
 
     def head(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """Norm, scale and project what leaves the last layer, (B, T, d_model): logits, with targets summed nats."""

@@ -26,13 +26,23 @@ CASES = list(itertools.product((64, 96), (True, False), (True, False)))
 
 def drawn(D: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(D)
-    shapes = {"x": (N, D), "update": (N, D), "gain": (D,), "shift": (D,), "weight": (24, D), "bias": (24,)}
+    shapes = {
+        "x": (N, D),
+        "update": (N, D),
+        "update_bias": (D,),
+        "gain": (D,),
+        "shift": (D,),
+        "weight": (24, D),
+        "bias": (24,),
+    }
     return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def formula(x: Tensor, update: Tensor | None, gain: Tensor, shift: Tensor, *, center: bool) -> tuple[Tensor, Tensor]:
+def formula(given: dict[str, Tensor], *, center: bool, has_update: bool) -> tuple[Tensor, Tensor]:
     """The sum and its norm, by the paper."""
-    total = x if update is None else x + update
+    total, gain, shift = given["x"], given["gain"], given["shift"]
+    if has_update:
+        total = total + given["update"] + given["update_bias"]
     centered = total - total.mean(1, keepdim=True) if center else total
     return total, centered / (centered.square().mean(1, keepdim=True) + EPS).sqrt() * gain + shift
 
@@ -43,10 +53,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def kernel_errors(D: int, center: bool, has_update: bool) -> dict[str, float]:
     """Errors of the op on its kernels, outputs and gradients, in float32."""
-    names = [name for name in drawn(D) if has_update or name != "update"]
+    names = [name for name in drawn(D) if has_update or not name.startswith("update")]
     exact = {name: value.requires_grad_() for name, value in drawn(D).items()}
-    total, normed = formula(exact["x"], exact["update"] if has_update else None, exact["gain"], exact["shift"],
-                            center=center)  # fmt: skip
+    total, normed = formula(exact, center=center, has_update=has_update)
     outputs = (total, normed @ exact["weight"].T + exact["bias"])
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in outputs]
@@ -70,8 +79,8 @@ def same_compiled(architecture: Any) -> bool:
     x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     results = []
     for module in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
-        for update in (None, x.flip(1)):
-            out = sum(module(x, None, update))
+        for update in ((), (x.flip(1), x[0, 0])):
+            out = sum(module(x, None, *update))
             results.append(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
     return all(
         torch.allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -111,10 +120,9 @@ def test_the_kernels_are_the_formula(measured: dict[str, Any], case: tuple[int, 
 def test_the_plain_form_is_the_formula(case: tuple[int, bool, bool]) -> None:
     D, center, has_update = case
     given = drawn(D)
-    update = given["update"] if has_update else None
-    arguments: list[Any] = [given["x"], update, given["gain"], given["shift"], given["weight"], given["bias"]]
+    arguments: list[Any] = [given[n] if has_update or not n.startswith("update") else None for n in given]
     total, projected = add_norm_linear(*arguments, eps=EPS, center=center)
-    expected, normed = formula(given["x"], update, given["gain"], given["shift"], center=center)
+    expected, normed = formula(given, center=center, has_update=has_update)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(projected, normed @ given["weight"].T + given["bias"], rtol=1e-11, atol=1e-11)
 

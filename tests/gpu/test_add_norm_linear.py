@@ -10,26 +10,29 @@ from flash_model.norms import normalize
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-NAMES = ("x", "update", "gain", "shift", "weight", "bias")
+NAMES = ("x", "update", "update_bias", "gain", "shift", "weight", "bias")
 both_norms = pytest.mark.parametrize("center", [True, False], ids=["layernorm", "scalenorm"])
 
 
 def drawn(D: int, P: int = 320, rows: tuple[int, int] = (3, 700)) -> dict[str, Tensor]:
     generator = torch.Generator(DEVICE).manual_seed(D)
-    shapes = {"x": (*rows, D), "update": (*rows, D), "gain": (D,), "shift": (D,), "weight": (P, D), "bias": (P,)}
+    shapes = {"x": (*rows, D), "update": (*rows, D), "update_bias": (D,), "gain": (D,), "shift": (D,)}
+    shapes |= {"weight": (P, D), "bias": (P,)}
     made = {n: torch.randn(s, generator=generator, device=DEVICE, dtype=torch.float64) for n, s in shapes.items()}
     return made | {"grad_total": torch.randn_like(made["x"]), "grad": torch.randn(*rows, P, device=DEVICE).double()}
 
 
-def plain(x: Tensor, update: Tensor | None, *others: Tensor, eps: float, center: bool) -> tuple[Tensor, Tensor]:
+def plain(
+    x: Tensor, update: Tensor | None, update_bias: Tensor, *others: Tensor, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
     gain, shift, weight, bias = others
-    total = x if update is None else x + update
+    total = x if update is None else x + (update + update_bias)
     return total, normalize(total, gain, shift, center=center, eps=eps) @ weight.T + bias
 
 
 def results(function: object, given: dict[str, Tensor], dtype: torch.dtype, center: bool, update: bool) -> list[Tensor]:
     assert callable(function)
-    leaves = {name: given[name].detach().to(dtype).requires_grad_() for name in NAMES if update or name != "update"}
+    leaves = {name: given[name].detach().to(dtype).requires_grad_() for name in NAMES if update or "update" not in name}
     total, projected = function(*(leaves.get(name) for name in NAMES), eps=1e-5, center=center)
     grads = (given["grad_total"].to(dtype), given["grad"].to(dtype))
     found = torch.autograd.grad((total, projected), list(leaves.values()), grads)
@@ -67,7 +70,7 @@ def test_torch_accepts_the_op() -> None:
         arguments = [t.detach().requires_grad_() for t in flat]
         torch.library.opcheck(
             torch.ops.flash_model.add_norm_linear,
-            (arguments[0], arguments[1] if update else None, *arguments[2:], 1e-5, True),
+            (arguments[0], *(arguments[1:3] if update else (None, None)), *arguments[3:], 1e-5, True),
         )
 
 
@@ -89,4 +92,4 @@ def test_no_rows_are_no_error() -> None:
     total, projected, *grads = results(add_norm_linear, given, torch.bfloat16, True, True)
     assert total.shape == (1, 0, 64)
     assert projected.shape == (1, 0, 320)
-    assert not grads[2].any()
+    assert not any(grad.any() for grad in grads[2:])
