@@ -1,7 +1,7 @@
 """The configuration of a run: every key of a run's YAML file, documented where it is declared."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
+from pipeline.credentials import redact
 from pipeline.errors import UserError
 from pipeline.locations import locate
 from pipeline.masking import MaskedLM
@@ -255,8 +256,21 @@ class TrackingSection(StrictModel):
     """MLflow. Records go to metrics.jsonl in the run directory first, whatever the server does."""
 
     enabled: bool = Field(default=True, description="send records to MLflow")
-    uri: str | None = Field(default=None, description="store; default: sqlite in the run directory (mlflow.db)")
+    uri: str | None = Field(
+        default=None,
+        description="store; default: sqlite in the run directory (mlflow.db). A server's password or token is given by "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
+    )
     experiment: str = Field(default="flash-pretrain", description="MLflow experiment")
+    system_metrics_seconds: PositiveFloat | None = Field(
+        default=10,
+        description="interval at which each node's CPU, memory, disk, network and GPUs are sampled; null: they are not",
+    )
+    close_seconds: PositiveFloat = Field(
+        default=60,
+        description="how long the end of a run waits at most for MLflow to take what is left; it does not wait for a "
+        "server that is dead",
+    )
 
 
 class RunConfig(StrictModel):
@@ -310,6 +324,12 @@ class RunConfig(StrictModel):
             )
         problems += data.problems(causal=self.model.causal)
         problems += self._retention_problems()
+        problems += [
+            f"{key}: {redact(value)}: holds a password or token, which would be written to the run directory and to "
+            "MLflow; leave it out and give it by environment variables"
+            for key, value in _texts(self.model_dump(mode="json"))
+            if redact(value) != value
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -357,6 +377,15 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "checkpoint": config.checkpoint.model_copy(update={"copy_to": copy_to and locate(copy_to)}),
         }
     )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text below `value`, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
 
 
 def _absolute(ref: Any) -> Any:

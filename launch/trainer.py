@@ -29,7 +29,7 @@ from launch.rollback import Rollback, carry_out, pass_over, plan_rollback, recor
 from launch.run_directory import RunDirectory
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
-from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
+from launch.tracking import NodeSampler, Tracker, last_attempt, run_facts
 from launch.watchdog import Watchdog
 from pipeline.batches import DataState, TrainingStream
 from pipeline.errors import UserError
@@ -107,7 +107,6 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     processes.once(lambda: directory.open(config, facts))
     processes.once(lambda: carry_out(directory, back))
     stop = StopRequest(config.run.dir)
-    tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
     backup = Backup(directory.checkpoints, copy_to, uid) if copy_to and processes.rank == 0 else None
 
@@ -126,6 +125,10 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
         load_weights(origin, engine, processes)
     norms = GradientNorms(engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
+    # From here on the run is recorded, and how it ends.
+    tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
+    sampler = NodeSampler(directory, config, attempt, processes)
+    watchdog.before_exit = tracker.lost if tracker else None
 
     def save(scores: dict[str, float] | None = None) -> None:
         watchdog.enter("save")
@@ -242,7 +245,7 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
                 if skipped := history.counted(progress.step, config.bad_steps):
                     metrics["train/skipped_steps"] = len(skipped)
                 logged = progress.step % config.train.log_every == 0 or last
-                tracker.log(progress.step, metrics | (system_metrics() if logged else {}))
+                tracker.log(progress.step, metrics)
                 if (logged or progress.step == 1) and fault is None:
                     say(progress_line(config, progress.step, metrics, pace))
             if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
@@ -262,14 +265,17 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
             say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
         outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
         watchdog.enter("wait")
+        sampler.close()
+        # All meet before the record is closed: only the first process waits for MLflow, and it has all nodes' samples.
+        processes.barrier()
     except Exception as error:
         watchdog.failed(error)
         raise
     finally:
         steps.close()
+        sampler.close()
         if tracker and (message := tracker.close(outcome)):
             say(message)
-    processes.barrier()
     if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: stop.reason is not None)):
         say(message)
     directory.close()
