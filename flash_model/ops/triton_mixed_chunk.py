@@ -415,7 +415,7 @@ def backward(
     partial = call.new(N * blocks, 9 * S, dtype=torch.float32)
     heads_backward_kernel[(blocks, N)](
         inputs.uvz, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k, grads.uvz,
-        partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
+        partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(), enable_fp_fusion=False,
     )  # fmt: skip
     grad_bias = torch.empty_like(inputs.bias)
     diagonals_kernel[(2 * C - 1,)](
