@@ -133,6 +133,7 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on a GPU
         torch.use_deterministic_algorithms(True)
     model = build_model(config.model, seed=config.run.seed)
+    model.recomputed = config.recomputed_layers
     decayed = decayed_parameters(model)
     named = dict(model.named_parameters())
     groups: list[dict[str, Any]] = [
