@@ -136,8 +136,8 @@ class TrainSection(StrictModel):
     )
     activation_checkpointing: Literal["none", "all"] | PositiveInt | tuple[NonNegativeInt, ...] = Field(
         default="none",
-        description="layers that keep their input alone, and whose forward pass backward runs again: less memory, up to "
-        "a third more time. none; all; a number k: layers 0, k, 2k, …; a list of layers, counted from 0",
+        description="layers that keep their input alone, and whose forward pass backward runs again: less memory, at "
+        "most a third more time. none; all; a number k: layers 0, k, 2k, …; a list of layers, counted from 0",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
         default="none",
@@ -151,6 +151,11 @@ class TrainSection(StrictModel):
     )
     deterministic: bool = Field(
         default=False, description="on GPUs, deterministic algorithms only: slower, bit-exact resume"
+    )
+    mock_step: bool | None = Field(
+        default=None,
+        description="begin with a step on made-up tokens that is thrown away: too little memory is found before data "
+        "and tracking start; compiling takes place then. null: on GPUs (where a CPU has too little, nothing is told)",
     )
     log_every: PositiveInt = Field(default=10, description="steps between progress lines")
     peak_tflops: PositiveFloat | None = Field(

@@ -4,16 +4,16 @@ What DeepSpeed 0.19.8 allocates for each ZeRO stage is read from its source, wha
 flash_model/; tests compare both with what torch really allocates, by operation. All sizes are in bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from flash_model.config import ModelConfig, count_parameters
 from flash_model.loss import logits_rows
-from launch.config import RunConfig, accumulation_steps
+from launch.config import RunConfig
 from launch.deepspeed_config import deepspeed_config
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 CUBLAS_WORKSPACES = 64 * MIB
 """On Hopper 32 MiB for each of the two threads, of forward and of backward, that ask for products."""
 OUTSIDE_TORCH = 1024 * MIB
@@ -56,6 +56,52 @@ def estimate_memory(config: RunConfig, world_size: int, stage: int | None = None
     return Memory({name: found.get(name, 0.0) for name in order}, parts[0], states.host)
 
 
+def fitting_settings(config: RunConfig, world_size: int, device_bytes: float) -> list[str]:
+    """Overrides of the configuration with which a step fits a device of `device_bytes`, each with its GiB.
+
+    For each setting the mildest value that is enough by itself; if there is none, the mildest of a few combinations.
+    """
+    milder: list[tuple[dict[str, Any], ...]] = [
+        tuple({"activation_checkpointing": value} for value in (4, 2, "all")),
+        tuple({"micro_batch": size} for size in _smaller_batches(config)),
+        tuple({"zero_stage": stage} for stage in (1, 2, 3) if stage > config.train.zero_stage),
+        ({"offload": "optimizer"}, {"offload": "all", "zero_stage": 3}),
+    ]
+    all_layers, smallest = {"activation_checkpointing": "all"}, {"micro_batch": min([1, *_smaller_batches(config)])}
+    combined: list[dict[str, Any]] = [
+        {**all_layers, "zero_stage": 3},
+        {**all_layers, **smallest},
+        {**all_layers, **smallest, "zero_stage": 3},
+        {**all_layers, "zero_stage": 3, "offload": "all"},
+        {**all_layers, **smallest, "zero_stage": 3, "offload": "all"},
+    ]
+    found = [_first_that_fits(config, world_size, device_bytes, options) for options in milder]
+    if not any(found):
+        found = [_first_that_fits(config, world_size, device_bytes, combined)]
+    return [setting for setting in found if setting]
+
+
+def _smaller_batches(config: RunConfig) -> list[int]:
+    size = config.train.micro_batch
+    return [smaller for smaller in range(size - 1, 0, -1) if size % smaller == 0]
+
+
+def _first_that_fits(
+    config: RunConfig, world_size: int, device_bytes: float, options: Iterable[dict[str, Any]]
+) -> str | None:
+    for option in options:
+        train = config.train.model_copy(update=option)
+        stage, changed = train.zero_stage, config.model_copy(update={"train": train})
+        possible = train.offload == "none" or stage == 3 or (train.offload == "optimizer" and stage > 0)
+        weaker = len(changed.recomputed_layers) < len(config.recomputed_layers)
+        if possible and not weaker and train != config.train:
+            needed = estimate_memory(changed, world_size)
+            if needed.fits(device_bytes):
+                overrides = " ".join(f"train.{key}={value}" for key, value in option.items())
+                return f"{overrides} ({needed.total / GIB:.1f} GiB)"
+    return None
+
+
 @dataclass
 class _States:
     """What does not depend on the batch."""
@@ -90,7 +136,7 @@ def _training_states(config: RunConfig, world_size: int) -> _States:
     found = _States()
     if stage == 0:
         # AdamW on the parameters themselves; all gradients are flattened for the sum over processes.
-        found.weights, found.optimizer, found.whole_gradients = 4 * P, 8 * P, True
+        found.weights, found.optimizer, found.whole_gradients, found.accumulated = 4 * P, 8 * P, True, 4 * P
         found.reduction = 4 * min(P, 5e8) if world_size > 1 else 0
         return found
     bucket = float(settings.get("reduce_bucket_size", 5e8))
@@ -110,18 +156,21 @@ def _training_states(config: RunConfig, world_size: int) -> _States:
         return found
     found.weights = width * P
     if bf16 and stage == 1 and not offload:
-        # One float32 gradient for all of the model, whose sum over processes is taken in a flat copy.
+        # One float32 gradient for all of the model, whose sum over processes, be it one, is taken in a flat copy.
         found.optimizer, found.buffers = master + moments, found.buffers + 4 * P
         found.whole_gradients, found.accumulated = True, width * P
-        found.reduction = 4 * largest + (4 * P if world_size > 1 else 0)
+        found.reduction = 4 * P
         return found
     # A bucket for each backward pass; what is in it is flattened and, in bf16, widened to be reduced.
     accumulates_whole = bf16 and stage == 1
     bucket_width = 4 if accumulates_whole else width
     found.bucket, found.bucket_elements = bucket_width * bucket, bucket
     found.reduction = (bucket_width + (4 if bucket_width == 2 else 0)) * reduced
+    if not bf16:
+        # The gradients of a micro batch stand beside the sum of those before.
+        found.reduction += 4 * (P if stage == 1 else share)
     found.accumulated = 4 * (P if stage == 1 else share) + (4 * share if accumulates_whole else 0)
-    found.update = 0 if offload else 4 * share
+    found.update = 0 if offload or bf16 else 4 * share
     if offload:
         found.host = master + moments + 4 * share + width * share
         found.buffers += width * largest
@@ -166,12 +215,15 @@ def _moments(config: RunConfig, states: _States) -> Iterator[tuple[str, dict[str
     before = states.accumulated if several else 0.0
     layer, recomputed = tokens * _kept_per_token(model, width), config.recomputed_layers
     kept = [tokens * D * width if number in recomputed else layer for number in range(model.n_layers)]
-    activations = sum(kept)
+    sinusoids = 4 * config.data.seq_len * D if model.scaled_sin else 0
+    activations = sum(kept) + sinusoids
 
     hidden, head_gradient = tokens * D * width, 4 * V * D
     logits = logits_rows(tokens, V, "cuda") * -(-V // 64) * 64 * width
-    # What enters the head, its norm and the gradient of that; then that gradient scaled in float32.
-    head = max(3 * hidden + head_gradient + logits, 2 * hidden + head_gradient + max(8 * tokens * D, head_gradient))
+    # What enters the head (uncompiled, the last layer's update too), its norm and the gradient of that; then that
+    # gradient scaled in float32.
+    entering = (1 if config.train.compile else 2) * hidden
+    head = head_gradient + max(entering + 2 * hidden + logits, 2 * hidden + max(8 * tokens * D, head_gradient))
     norm = 12 * tokens * D if model.norm == "scalenorm" else 0  # in plain torch
     yield "the head", {"gradients": before, "activations": activations, "temporary": head + norm}
 
@@ -194,12 +246,10 @@ def _moments(config: RunConfig, states: _States) -> Iterator[tuple[str, dict[str
             flushed = True
             reducing = {"temporary": states.reduction, "activations": activations}
             yield f"reducing gradients after layer {number}", present | reducing
-    whole = width * P if states.whole_gradients else 2 * width * V * D
-    accumulated = max(whole, states.accumulated)
-    yield "reducing gradients", {
-        "gradients": accumulated, "temporary": states.reduction + 2 * width * V * D, "buffers": states.bucket,
-    }  # fmt: skip
-    yield "the update", {"gradients": accumulated, "temporary": states.update}
+    gradients = max(width * P if states.whole_gradients else width * V * D, states.accumulated)
+    reducing = {"gradients": gradients, "temporary": states.reduction, "buffers": states.bucket}
+    yield "reducing gradients", reducing
+    yield "the update", {"gradients": states.accumulated, "temporary": states.update}
 
 
 def _kept_per_token(model: ModelConfig, width: int) -> float:
