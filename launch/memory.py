@@ -213,7 +213,7 @@ def _moments(config: RunConfig, states: _States) -> Iterator[tuple[str, dict[str
     several = config.samples_per_step > config.train.micro_batch
     # From the second micro batch on gradients of the ones before are there.
     before = states.accumulated if several else 0.0
-    layer, recomputed = tokens * _kept_per_token(model, width), config.recomputed_layers
+    layer, recomputed = tokens * _kept_per_token(model, width) + _kept_bias(model), config.recomputed_layers
     kept = [tokens * D * width if number in recomputed else layer for number in range(model.n_layers)]
     sinusoids = 4 * config.data.seq_len * D if model.scaled_sin else 0
     activations = sum(kept) + sinusoids
@@ -257,6 +257,11 @@ def _kept_per_token(model: ModelConfig, width: int) -> float:
     chunks, and of the norm two float32."""
     D, E, S = model.d_model, model.expanded_dim, model.qk_dim
     return width * (D + 2 * E + S + E + _states_per_token(model)) + 8
+
+
+def _kept_bias(model: ModelConfig) -> float:
+    """Bytes kept to differentiate a layer's bias of two rotary vectors."""
+    return 8 * model.qk_dim * model.bias_extent if model.bias_form == "rotary" else 0
 
 
 def _states_per_token(model: ModelConfig) -> float:
