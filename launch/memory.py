@@ -250,6 +250,8 @@ def _moments(config: RunConfig, states: _States) -> Iterator[tuple[str, dict[str
     reducing = {"gradients": gradients, "temporary": states.reduction, "buffers": states.bucket}
     yield "reducing gradients", reducing
     yield "the update", {"gradients": states.accumulated, "temporary": states.update}
+    if config.train.offload != "none":
+        yield "the building of the engine", {"temporary": 2 * width * P}  # whole, and flattened
 
 
 def _kept_per_token(model: ModelConfig, width: int) -> float:

@@ -25,6 +25,7 @@ LAYOUTS = {
     "round-robin": ("fp32", 2, f"{ZERO}.round_robin_gradients=true"),
     "aligned": ("fp32", 1, f"{ZERO}.parameter_alignment=true"),
     "offloaded": ("bf16", 1, "train.offload=optimizer"),
+    "all-offloaded": ("bf16", 3, "train.offload=all"),
 }
 
 

@@ -32,7 +32,8 @@ def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_facto
     first = [case("whole", kind) for kind in KINDS]
     mock = "train.mock_step=true"
     first += [case("cut", kind, mock, stop_after=3) for kind in KINDS]
-    assert run_cases(folder, first, 2) == [0] * len(KINDS) + [75] * len(KINDS)
+    first.append(case("small", "1", mock, out_of_memory=True, message=str(folder / "message")))
+    assert run_cases(folder, first, 2) == [0] * len(KINDS) + [75] * len(KINDS) + [2]
     for kind in KINDS:
         assert not (folder / f"cut-{kind}" / "DONE").exists()
     assert run_cases(folder, [case("cut", kind, mock, "run.resume=must") for kind in KINDS], 2) == [0] * len(KINDS)
@@ -66,6 +67,20 @@ def test_optimizer_states_are_equal_too(folder: Path, kind: str) -> None:
                 assert torch.equal(tensors[name], tensor), f"{file} {name}"
                 compared += "exp_avg" in name
     assert compared >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_numbers_go_on_as_without_a_mock_step(folder: Path, kind: str) -> None:
+    states = [
+        torch.load(folder / f"{n}-{kind}/checkpoints/step-00000008/rng/rank-0.pt", weights_only=False)["torch"]
+        for n in ("whole", "cut")
+    ]
+    assert torch.equal(*states)
+
+
+def test_too_little_memory_in_one_process_is_found_before_the_run_exists(folder: Path) -> None:
+    assert "asked for 3.00 GiB" in (folder / "message").read_text()
+    assert not (folder / "small-1").exists()
 
 
 def tensors_of(value: Any, name: str = "") -> Any:
