@@ -90,8 +90,9 @@ def _zero_optimization(config: "RunConfig") -> dict[str, Any]:
     if config.train.offload != "none":
         settings["offload_optimizer"] = {"device": "cpu"}
     if config.train.offload == "all":
-        # Brought in again for backward: kept from forward, as by default, models of half a billion stay there whole.
-        settings |= {"offload_param": {"device": "cpu"}, "stage3_max_reuse_distance": 0}
+        # Brought in again for backward: by default models of up to a billion parameters stay on the device whole.
+        settings |= {"offload_param": {"device": "cpu"}}
+        settings |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 100_000_000}
     return settings
 
 

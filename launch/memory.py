@@ -189,13 +189,10 @@ def _stage3_weights(config: RunConfig, world_size: int, settings: dict[str, Any]
     kept = 0 if on_host else width * P / world_size
     if world_size == 1 and not on_host:
         return kept  # nothing to gather
-    # A gathered parameter stays where it is used again within the reuse distance: near the turn to backward.
-    reuse, prefetch = (
-        float(settings.get(f"stage3_{key}", default))
-        for key, default in (("max_reuse_distance", 1e9), ("prefetch_bucket_size", 5e7))
-    )
+    # Until it is used again within the reuse distance a parameter stays, and as many are gathered ahead as may live.
+    reuse, live = (float(settings.get(f"stage3_{key}", 1e9)) for key in ("max_reuse_distance", "max_live_parameters"))
     needed = max(config.model.vocab_size * config.model.d_model, layer_parameters(config.model))
-    return kept + width * min(P, reuse / 2 + prefetch + needed)
+    return kept + width * min(P, max(reuse / 2, live, needed))
 
 
 def layer_parameters(model: ModelConfig) -> int:
