@@ -248,7 +248,8 @@ def _moments(config: RunConfig, states: _States) -> Iterator[tuple[str, dict[str
     yield "reducing gradients", reducing
     yield "the update", {"gradients": states.accumulated, "temporary": states.update}
     if config.train.offload != "none":
-        yield "the building of the engine", {"temporary": 2 * width * P}  # whole, and flattened
+        # All parameters, where they stay in a flat copy too.
+        yield "the building of the engine", {"temporary": (1 if config.train.offload == "all" else 2) * width * P}
 
 
 def _kept_per_token(model: ModelConfig, width: int) -> float:
