@@ -13,6 +13,7 @@ from flash_model.loss import logits_rows
 from launch.config import RunConfig
 from launch.deepspeed_config import deepspeed_config
 
+PARTS = ("weights", "gradients", "optimizer", "activations", "temporary", "buffers")
 MIB, GIB = 2**20, 2**30
 CUBLAS_WORKSPACES = 64 * MIB
 """On Hopper 32 MiB for each of the two threads, of forward and of backward, that ask for products."""
@@ -47,13 +48,10 @@ def estimate_memory(config: RunConfig, world_size: int, stage: int | None = None
     if stage is not None and stage != config.train.zero_stage:
         config = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
     states = _training_states(config, world_size)
-    parts = max(_moments(config, states), key=lambda moment: sum(moment[1].values()))
-    kept = {"weights": states.weights, "gradients": 0.0, "optimizer": states.optimizer, "buffers": states.buffers}
-    found = dict(parts[1])
-    for name, size in kept.items():
-        found[name] = found.get(name, 0.0) + size
-    order = ("weights", "gradients", "optimizer", "activations", "temporary", "buffers")
-    return Memory({name: found.get(name, 0.0) for name in order}, parts[0], states.host)
+    always = {"weights": states.weights, "optimizer": states.optimizer, "buffers": states.buffers}
+    moment, then = max(_moments(config, states, world_size), key=lambda found: sum(found[1].values()))
+    parts = {name: always.get(name, 0.0) + then.get(name, 0.0) for name in PARTS}
+    return Memory(parts, moment, states.host)
 
 
 def fitting_settings(config: RunConfig, world_size: int, device_bytes: float) -> list[str]:
@@ -202,12 +200,12 @@ def layer_parameters(model: ModelConfig) -> int:
     )
 
 
-def _moments(config: RunConfig, states: _States) -> Iterator[tuple[str, dict[str, float]]]:
+def _moments(config: RunConfig, states: _States, world_size: int) -> Iterator[tuple[str, dict[str, float]]]:
     """What is there at the moments that may need most, beside what is there all the time."""
     model, width = config.model, 2 if config.train.precision == "bf16" else 4
     tokens = config.train.micro_batch * config.data.seq_len
     D, V, P = model.d_model, model.vocab_size, count_parameters(model)
-    several = config.samples_per_step > config.train.micro_batch
+    several = config.samples_per_step > config.train.micro_batch * world_size
     # From the second micro batch on gradients of the ones before are there.
     before = states.accumulated if several else 0.0
     layer, recomputed = tokens * _kept_per_token(model, width) + _kept_bias(model), config.recomputed_layers

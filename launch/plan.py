@@ -12,7 +12,7 @@ from launch.backup import check_place
 from launch.config import RunConfig, accumulation_steps, load_run_config
 from launch.engine import Alone
 from launch.initial_weights import find_origin
-from launch.memory import GIB, OUTSIDE_TORCH, estimate_memory, fitting_settings
+from launch.memory import GIB, OUTSIDE_TORCH, PARTS, estimate_memory, fitting_settings
 from launch.progress import duration
 from launch.run_directory import RunDirectory
 from launch.trainer import open_datasets
@@ -80,8 +80,7 @@ def _memory_lines(config: RunConfig, devices: int, memory_gib: float | None) -> 
         f"memory      GiB on each device, {train.precision}{recomputed if config.recomputed_layers else ''}"
         f"{offloaded[train.offload]}; what torch allocates at the most, by formula"
     )
-    names = ("weights", "gradients", "optimizer", "activations", "temporary", "buffers")
-    yield "            ZeRO  " + " ".join(f"{name:>11}" for name in names) + "    total"
+    yield "            ZeRO  " + " ".join(f"{name:>11}" for name in PARTS) + "    total"
     allowed = [3] if train.offload == "all" else [1, 2, 3] if train.offload != "none" else [0, 1, 2, 3]
     for stage in allowed:
         if stage == 0 and train.precision == "bf16":
@@ -90,7 +89,7 @@ def _memory_lines(config: RunConfig, devices: int, memory_gib: float | None) -> 
         marks = "  ← configured" if stage == train.zero_stage else ""
         if memory_gib is not None:
             marks += "  fits" if memory.fits(memory_gib * GIB) else f"  does not fit {memory_gib:g} GiB"
-        listed = " ".join(f"{memory.parts[name] / GIB:>11.2f}" for name in names)
+        listed = " ".join(f"{memory.parts[name] / GIB:>11.2f}" for name in PARTS)
         yield f"            {stage}     {listed}  {memory.total / GIB:>7.2f}{marks}"
     memory = estimate_memory(config, devices)
     beside = f"{OUTSIDE_TORCH / GIB:.0f} GiB more is needed beside torch"
