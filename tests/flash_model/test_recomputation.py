@@ -21,7 +21,12 @@ def _clean_dynamo() -> Iterator[None]:
 
 def model_of(architecture: str) -> FlashLM:
     config = {"vocab_size": 97, "d_model": 32, "n_layers": LAYERS, "qk_dim": 16, "chunk_size": 16, "norm_length": 64}
-    return build_model(ModelConfig.model_validate({"architecture": architecture, **config}), seed=1)
+    model = build_model(ModelConfig.model_validate({"architecture": architecture, **config}), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases begin at 0, and would show nothing
+            parameter.add_(torch.empty_like(parameter).normal_(std=0.1, generator=generator))
+    return model
 
 
 def trained(model: FlashLM, recomputed: frozenset[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor], int]:
