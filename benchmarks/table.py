@@ -186,7 +186,28 @@ def _more(compared: Mapping[str, Any]) -> str:
     return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
-REPORTS = {"step": step_report, "op": op_report, "tracking": tracking_report}
+def memory_report(document: Mapping[str, Any]) -> str:
+    """Return the table of a `benchmarks.memory` document."""
+    cells = []
+    for row in document["rows"]:
+        peak, planned, measured = row.get("peak_gib"), row["planned_gib"], row["status"] == "ok"
+        cells.append(
+            [
+                f"{row['size']}, {row['setting']}",
+                f"{row['parameters'] / 1e6:,.1f} M",
+                f"{row['tokens_per_micro_batch']:,}",
+                number(peak) if measured else row["status"],
+                number(planned),
+                number(planned / peak if measured and peak else None, ".2f"),
+                number(row["tokens_per_second"] if measured else None, ",.0f"),
+            ]
+        )
+    header = ["size, setting", "parameters", "tokens/micro batch", "GiB", "planned GiB", "planned / GiB", "tokens/s"]
+    title = f"Memory of training, bf16, one device, compiled: {'yes' if document['compile'] else 'no'}"
+    return "\n\n".join([title, "\n".join(machine_lines(document["machine"])), markdown_table(header, cells)])
+
+
+REPORTS = {"step": step_report, "op": op_report, "memory": memory_report, "tracking": tracking_report}
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import evaluate, to_device
+from launch.first_step import memory_errors_explained, take_mock_step
 from launch.gradients import GradientNorms, discard_gradients, total_norm
 from launch.initial_weights import find_origin, load_weights
 from launch.progress import Pace, progress_line, say
@@ -102,15 +103,18 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog) -> int:
     resume_from, back = _choose_start(config, directory, training, processes)
     tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
     origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
+    stop = StopRequest(config.run.dir)
+    with memory_errors_explained(config, processes):
+        engine = build_engine(config, processes)
+        if config.train.mock_step or (config.train.mock_step is None and processes.device.type == "cuda"):
+            take_mock_step(config, engine, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
     processes.once(lambda: carry_out(directory, back))
-    stop = StopRequest(config.run.dir)
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
     backup = Backup(directory.checkpoints, copy_to, uid) if copy_to and processes.rank == 0 else None
 
-    engine = build_engine(config, processes)
     stream = open_stream(config, training)
     progress = Progress(0, 0, stream.state, attempt, History())
     if resume_from is not None:
