@@ -162,6 +162,11 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
         fused=processes.device.type == "cuda",
     )
     if config.train.compile:
+        if config.train.deterministic:
+            # Otherwise the shapes of compiled sums are chosen by timing: another process may choose, and round, others.
+            import torch._inductor.config as inductor
+
+            inductor.deterministic = True
         _compile(model, config.train.zero_stage)
     settings = deepspeed_config(config, accumulation)
     try:

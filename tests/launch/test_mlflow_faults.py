@@ -18,12 +18,12 @@ import pytest
 from launch import replay as replay_module
 from launch.config import RunConfig, load_run_config
 from launch.datasets_used import dataset_facts
+from launch.engine import Alone
 from launch.replay import Sender, replay
 from launch.run_directory import RunDirectory
 from launch.tracking import NodeSampler, Tracker, run_facts
 from pipeline.errors import UserError
 from pipeline.shards import TokenDataset
-from tests.launch.conftest import Alone
 from tests.launch.mlflow_server import Cut, Proxy, Server, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -205,7 +205,7 @@ import time
 from launch.config import load_run_config
 from launch.run_directory import RunDirectory
 from launch.tracking import NodeSampler, Tracker
-from tests.launch.conftest import Alone
+from launch.engine import Alone
 config = load_run_config({str(tmp_path / "run.yaml")!r}, ["tracking.system_metrics_seconds=0.1"])
 directory = RunDirectory(config.run.dir)
 tracker, sampler = Tracker(directory, config, 0), NodeSampler(directory, config, 0, Alone())
