@@ -129,7 +129,92 @@ def _op_cells(row: Mapping[str, Any], copy: float) -> list[str]:
     ]
 
 
-REPORTS = {"step": step_report, "op": op_report, "loop": loop_report}
+def tracking_report(document: Mapping[str, Any]) -> str:
+    """Return the tables of a `benchmarks.tracking` document."""
+    placed = "all processes share all processors" if document["together"] else "the trainer has a processor of its own"
+    title = (
+        f"A training step by where its record goes: {document['rounds']} blocks of {document['steps']} steps each in "
+        f"turns, {placed}; a slow server is {document['slow_seconds']:g} s late each way"
+    )
+    cells = []
+    for row in document["rows"]:
+        share = row["cpu_share"]
+        cells.append(
+            [
+                row["place"],
+                number(row["wall"]["ms"], ".2f"),
+                _more(row["wall"]),
+                number(row["processor"]["ms"], ".2f"),
+                _more(row["processor"]),
+                number(row["record_ms"], ".3f"),
+                number(row["start_cpu_seconds"]),
+                number(share and 100 * share),
+                number(row["close_seconds"]),
+            ]
+        )
+    header = ["record", "step, ms", "% more", "CPU, ms", "% more", "record, ms"]
+    header += ["sender's start, CPU s", "then, % of a core", "end, s"]
+    backlog = [
+        [
+            row["store"],
+            f"{row['points']:,}",
+            number(row["seconds"]),
+            number(row["points_per_second"], ",.0f"),
+            number(row["restart_seconds"], ".2f"),
+        ]
+        for row in document["backlog"]
+    ]
+    files = document["files"]
+    reading = (
+        f"metrics.jsonl of {files['steps']:,} steps, {files['megabytes']:,.0f} MB: read from the start in "
+        f"{files['read_seconds']:.1f} s; what a restart reads of it takes {files['last_record_ms']:.2f} ms"
+    )
+    sent = ["a backlog sent to", "points", "s", "points/s", "then a restart, s"]
+    return "\n\n".join(
+        [
+            title,
+            "\n".join(machine_lines(document["machine"])),
+            markdown_table(header, cells),
+            markdown_table(sent, backlog),
+            reading,
+        ]
+    )
+
+
+def _more(compared: Mapping[str, Any]) -> str:
+    """Percent above the base, with the 95 % interval."""
+    shown = [f"{100 * (ratio - 1):+.2f}" for ratio in (compared["ratio"], *compared["ratio_interval"])]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+def memory_report(document: Mapping[str, Any]) -> str:
+    """Return the table of a `benchmarks.memory` document."""
+    cells = []
+    for row in document["rows"]:
+        peak, planned, measured = row.get("peak_gib"), row["planned_gib"], row["status"] == "ok"
+        cells.append(
+            [
+                f"{row['size']}, {row['setting']}",
+                f"{row['parameters'] / 1e6:,.1f} M",
+                f"{row['tokens_per_micro_batch']:,}",
+                number(peak) if measured else row["status"],
+                number(planned),
+                number(planned / peak if measured and peak else None, ".2f"),
+                number(row["tokens_per_second"] if measured else None, ",.0f"),
+            ]
+        )
+    header = ["size, setting", "parameters", "tokens/micro batch", "GiB", "planned GiB", "planned / GiB", "tokens/s"]
+    title = f"Memory of training, bf16, one device, compiled: {'yes' if document['compile'] else 'no'}"
+    return "\n\n".join([title, "\n".join(machine_lines(document["machine"])), markdown_table(header, cells)])
+
+
+REPORTS = {
+    "step": step_report,
+    "op": op_report,
+    "loop": loop_report,
+    "memory": memory_report,
+    "tracking": tracking_report,
+}
 
 
 def main() -> int:

@@ -108,12 +108,6 @@ def _embed(model: FlashLM, tokens: Tensor, start: int) -> Tensor:
     return x if model.positions is None else model.positions(x, start)
 
 
-def _uvz(layer: GatedAttentionUnit, x: Tensor) -> Tensor:
-    """The layer's uvz (B, T, 2E + S) of x, with its bias."""
-    _, uvz, bias = layer.project(x)
-    return uvz if bias is None else uvz + bias
-
-
 def _project(layer: GatedAttentionUnit, uvz: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return SiLU(u) and SiLU(v) (B, T, E) and the rotated heads (H, B, T, S) of tokens at positions start …"""
     config = layer.config
@@ -132,7 +126,7 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
     config = layer.config
     B, T, _ = x.shape
     C, S, E = config.chunk_size, config.qk_dim, config.expanded_dim
-    uvz, bias = _uvz(layer, x), layer.position_bias()
+    uvz, bias = layer.project(x)[1], layer.position_bias()
     dtype = accumulation_dtype(uvz)
     whole = T - T % C
     zeros = torch.zeros(B, S, E, dtype=dtype, device=x.device)
@@ -161,7 +155,7 @@ def _read_chunks(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, ChunkMem
 
 def _advance_chunk(layer: GatedAttentionUnit, x: Tensor, memory: ChunkMemory, position: int) -> Tensor:
     C = layer.config.chunk_size
-    uvz = _uvz(layer, x)
+    uvz = layer.project(x)[1]
     gate, values, (quad_q, quad_k, lin_q, lin_k) = _project(layer, uvz, position)
     row = memory.filled
     memory.quad_k[:, row], memory.values[:, row] = quad_k[:, 0], values[:, 0]
@@ -184,13 +178,13 @@ def _advance_chunk(layer: GatedAttentionUnit, x: Tensor, memory: ChunkMemory, po
 
 
 def _read_all(layer: GatedAttentionUnit, x: Tensor) -> tuple[Tensor, GrowingMemory]:
-    _, values, heads = _project(layer, _uvz(layer, x), 0)
+    _, values, heads = _project(layer, layer.project(x)[1], 0)
     return sum(layer(x)[1:], x), GrowingMemory(heads[1], values)
 
 
 def _advance_all(layer: GatedAttentionUnit, x: Tensor, memory: GrowingMemory, position: int) -> Tensor:
     config = layer.config
-    gate, values, (q, k) = _project(layer, _uvz(layer, x), position)
+    gate, values, (q, k) = _project(layer, layer.project(x)[1], position)
     memory.keys = torch.cat([memory.keys, k], 1)
     memory.values = torch.cat([memory.values, values], 1)
     bias = layer.position_bias().to(values.dtype)[config.bias_extent - 1 - position : config.bias_extent]

@@ -12,11 +12,14 @@ from flash_model.positions import rotary_bias
 
 
 class Expansion(nn.Linear):
-    """The dense layer before an op, with the norm in front of it. `bias_apart`: the op adds its bias."""
+    """The dense layer before an op, with the norm in front of it.
 
-    def __init__(self, in_features: int, out_features: int, *, bias_apart: bool) -> None:
+    `op_differentiates_bias`: the op has the bias' gradient without another pass.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, op_differentiates_bias: bool) -> None:
         super().__init__(in_features, out_features)
-        self.bias_apart = bias_apart
+        self.op_differentiates_bias = op_differentiates_bias
 
     def forward(  # type: ignore[override]
         self,
@@ -29,15 +32,17 @@ class Expansion(nn.Linear):
         eps: float,
         center: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return x + update + update_bias, the projection of its norm, and the bias that is still to be added to that.
+        """Return x + update + update_bias, its norm's projection, and the bias where the op is to differentiate it.
 
-        That is a copy: under ZeRO-3 the parameter itself is there only as long as this module runs.
+        Then no gradient of the bias goes this way. It is a copy: under ZeRO-3 the parameter itself is there only as
+        long as this module runs.
         """
-        bias = None if self.bias_apart else self.bias
+        apart = self.op_differentiates_bias
+        bias = self.bias.detach() if apart else self.bias
         total, projected = add_norm_linear(
             x, update, update_bias, gain, shift, self.weight, bias, eps=eps, center=center
         )
-        return total, projected, self.bias.clone() if self.bias_apart else None
+        return total, projected, self.bias.clone() if apart else None
 
 
 class Contraction(nn.Linear):
@@ -61,7 +66,7 @@ class GatedAttentionUnit(nn.Module):
         self.config = config
         D, E, S = config.d_model, config.expanded_dim, config.qk_dim
         self.norm = Norm(config.norm, D, config.norm_eps)
-        self.expand = Expansion(D, 2 * E + S, bias_apart=config.architecture == "flash")
+        self.expand = Expansion(D, 2 * E + S, op_differentiates_bias=config.architecture == "flash")
         self.gamma = nn.Parameter(torch.empty(config.qk_heads, S))
         self.beta = nn.Parameter(torch.empty(config.qk_heads, S))
         if config.bias_form == "toeplitz":
@@ -80,7 +85,7 @@ class GatedAttentionUnit(nn.Module):
     def project(
         self, x: Tensor, update: Tensor | None = None, update_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return x + update + update_bias, its uvz (B, T, 2E + S), and the bias that is still to be added to uvz."""
+        """Return x + update + update_bias, its uvz (B, T, 2E + S), and uvz's bias where the op differentiates that."""
         projected: tuple[Tensor, Tensor, Tensor | None] = self.expand(
             x, update, update_bias, *self.norm(), eps=self.norm.eps, center=self.norm.center
         )

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from flash_model.config import ModelConfig
 from flash_model.embedding import embed
@@ -50,7 +51,10 @@ class ScaledSin(nn.Module):
 
 
 class FlashLM(nn.Module):
-    """FLASH or FLASH-Quad as a language model, causal or masked. `config` holds what it is."""
+    """FLASH or FLASH-Quad as a language model, causal or masked. `config` holds what it is.
+
+    `recomputed`: numbers of the layers that keep nothing but their input for backward, which runs them again.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,6 +63,7 @@ class FlashLM(nn.Module):
         self.positions = ScaledSin(config.rope_base) if config.scaled_sin else None
         self.layers = nn.ModuleList(GatedAttentionUnit(config) for _ in range(config.n_layers))
         self.norm = Norm(config.norm, config.d_model, config.norm_eps)
+        self.recomputed: frozenset[int] = frozenset()
 
     def forward(
         self,
@@ -83,8 +88,13 @@ class FlashLM(nn.Module):
         if self.positions is not None:
             x = self.positions(x)
         update: tuple[Tensor, ...] = ()
-        for layer in self.layers:
-            x, *update = layer(x, doc_ids, *update)
+        for number, layer in enumerate(self.layers):
+            if number in self.recomputed:
+                # Added up first, as the layer would, there is one tensor to keep instead of two. Nothing is random.
+                x = x + sum(update[1:], update[0]) if update else x
+                x, *update = checkpoint(layer, x, doc_ids, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, *update = layer(x, doc_ids, *update)
         return self.head(sum(update, x), targets, loss_mask)
 
     def head(self, x: Tensor, targets: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:

@@ -62,7 +62,7 @@ def _linear_cross_entropy(
     nats_N = hidden_ND.new_empty(N, dtype=dtype)
     grad_hidden_ND = hidden_ND.new_empty((N, D) if differentiate else 0)
     grad_weight_VD = hidden_ND.new_zeros((V, D) if differentiate else 0, dtype=dtype)
-    block = _rows_at_once(N, V, hidden_ND.device.type)
+    block = logits_rows(N, V, hidden_ND.device.type)
     # Rows lie a multiple of 128 bytes apart, as fast products want them.
     buffer = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)[:, :V]
     for first in range(0, N, block):
@@ -77,8 +77,11 @@ def _linear_cross_entropy(
     return nats_N.sum(), grad_hidden_ND, grad_weight_VD
 
 
-def _rows_at_once(N: int, V: int, device: str) -> int:
-    """Return the rows of a block of logits: blocks are of one size as far as that goes, in units of 128 rows."""
+def logits_rows(N: int, V: int, device: str) -> int:
+    """Return the rows of a block of logits: blocks are of one size as far as that goes, in units of 128 rows.
+
+    N rows in all, V pieces; device: a key of LOGITS_AT_ONCE.
+    """
     most = max(1, LOGITS_AT_ONCE[device] // V)
     unit = 128 if most >= 128 else 1
     blocks = max(1, -(-N // (most // unit * unit)))

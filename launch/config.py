@@ -1,15 +1,16 @@
 """The configuration of a run: every key of a run's YAML file, documented where it is declared."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from flash_model.config import ModelConfig
 from launch.deepspeed_config import lint_deepspeed
 from launch.observation_config import LayerMetricsSection, ProfileSection, SamplesSection
+from pipeline.credentials import redact
 from pipeline.errors import UserError
 from pipeline.locations import locate
 from pipeline.masking import MaskedLM
@@ -149,6 +150,16 @@ class TrainSection(StrictModel):
         default=1,
         description="what ZeRO partitions: 0 nothing, 1 optimizer states, 2 also gradients, 3 also parameters",
     )
+    activation_checkpointing: Literal["none", "all"] | PositiveInt | tuple[NonNegativeInt, ...] = Field(
+        default="none",
+        description="layers that keep their input alone, and whose forward pass backward runs again: less memory, at "
+        "most a third more time. none; all; a number k: layers 0, k, 2k, …; a list of layers, counted from 0",
+    )
+    offload: Literal["none", "optimizer", "all"] = Field(
+        default="none",
+        description="optimizer: moments and float32 weights lie in the host's memory, where the update is computed (by "
+        "all of its cores); all: with ZeRO-3 the parameters too, brought in layer by layer",
+    )
     compile: bool = Field(
         default=False,
         description="torch.compile the model: the first step takes minutes, the others less time and memory. "
@@ -156,6 +167,11 @@ class TrainSection(StrictModel):
     )
     deterministic: bool = Field(
         default=False, description="on GPUs, deterministic algorithms only: slower, bit-exact resume"
+    )
+    mock_step: bool | None = Field(
+        default=None,
+        description="begin with a step on made-up tokens that is thrown away: too little memory is found before data "
+        "and tracking start; compiling takes place then. null: on GPUs (where a CPU has too little, nothing is told)",
     )
     log_every: PositiveInt = Field(default=10, description="steps between progress lines")
     peak_tflops: PositiveFloat | None = Field(
@@ -275,8 +291,21 @@ class TrackingSection(StrictModel):
     """MLflow. Records go to metrics.jsonl in the run directory first, whatever the server does."""
 
     enabled: bool = Field(default=True, description="send records to MLflow")
-    uri: str | None = Field(default=None, description="store; default: sqlite in the run directory (mlflow.db)")
+    uri: str | None = Field(
+        default=None,
+        description="store; default: sqlite in the run directory (mlflow.db). A server's password or token is given by "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
+    )
     experiment: str = Field(default="flash-pretrain", description="MLflow experiment")
+    system_metrics_seconds: PositiveFloat | None = Field(
+        default=10,
+        description="interval at which each node's CPU, memory, disk, network and GPUs are sampled; null: they are not",
+    )
+    close_seconds: PositiveFloat = Field(
+        default=60,
+        description="how long the end of a run waits at most for MLflow to take what is left; it does not wait for a "
+        "server that is dead",
+    )
 
 
 class RunConfig(StrictModel):
@@ -310,6 +339,16 @@ class RunConfig(StrictModel):
         """Windows in a step, over all processes."""
         return self.train.tokens_per_step // self.data.seq_len
 
+    @property
+    def recomputed_layers(self) -> frozenset[int]:
+        """Layers whose forward pass is run again in backward."""
+        chosen, layers = self.train.activation_checkpointing, range(self.model.n_layers)
+        if isinstance(chosen, tuple):
+            return frozenset(chosen)
+        if isinstance(chosen, int):
+            return frozenset(layers[::chosen])
+        return frozenset(layers if chosen == "all" else ())
+
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
         problems = lint_deepspeed(self.deepspeed)
@@ -322,6 +361,7 @@ class RunConfig(StrictModel):
             )
         if train.precision == "bf16" and train.zero_stage == 0:
             problems.append("train.zero_stage: DeepSpeed supports stage 0 in fp32 only; use stage 1 with bf16")
+        problems += self._memory_problems()
         if (schedule.kind == "wsd") != (schedule.decay_tokens is not None):
             problems.append("schedule.decay_tokens: required with schedule.kind: wsd, and with no other kind")
         planned = self.steps * train.tokens_per_step
@@ -335,9 +375,32 @@ class RunConfig(StrictModel):
         problems += self._retention_problems()
         if self.samples.prompts and not self.model.causal:
             problems.append("samples.prompts: a bidirectional model (model.causal: false) cannot write; leave them out")
+        problems += [
+            f"{key}: {redact(value)}: holds a password or token, which would be written to the run directory and to "
+            "MLflow; leave it out and give it by environment variables"
+            for key, value in _texts(self.model_dump(mode="json"))
+            if redact(value) != value
+        ]
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _memory_problems(self) -> list[str]:
+        stage, offload, layers = self.train.zero_stage, self.train.offload, self.model.n_layers
+        found = []
+        if beyond := sorted(layer for layer in self.recomputed_layers if layer >= layers):
+            found.append(
+                f"train.activation_checkpointing: there is no layer {beyond[0]}; the {layers} layers of the model are "
+                f"0 to {layers - 1}"
+            )
+        if offload != "none" and stage == 0:
+            found.append(f"train.offload: {offload} needs ZeRO: set train.zero_stage to 1, 2 or 3")
+        elif offload == "all" and stage != 3:
+            found.append(
+                f"train.offload: all needs train.zero_stage 3 (it is {stage}): only there are parameters brought in "
+                "when they are used; take 3, or offload: optimizer"
+            )
+        return found
 
     def _retention_problems(self) -> list[str]:
         best, saving, scoring = self.checkpoint.keep_best, self.checkpoint.every_tokens, self.evaluate.every_tokens
@@ -382,6 +445,15 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
             "checkpoint": config.checkpoint.model_copy(update={"copy_to": copy_to and locate(copy_to)}),
         }
     )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text below `value`, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(inner, f"{key}.{name}" if key else str(name))
 
 
 def _absolute(ref: Any) -> Any:

@@ -220,6 +220,13 @@ def _fresh_state(optimizer: torch.optim.Optimizer, parameter: Tensor, step: int)
     }
 
 
+def master_weights(engine: Any) -> list[Tensor]:
+    """What the optimizer updates in this process: flat float32 weights, one vector a group; stage 0: the parameters."""
+    if engine.zero_optimization_stage() == 0:
+        return list(engine.module.parameters())
+    return _partitions(engine)
+
+
 def _partitions(engine: Any) -> list[Tensor]:
     """This process's flat float32 weights, one vector a group."""
     optimizer = engine.optimizer

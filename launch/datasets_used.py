@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.atomic import write_aside
 from pipeline.card import render_card
+from pipeline.credentials import redact
 from pipeline.errors import UserError
 from pipeline.inspect import save_figure
 from pipeline.profile import profile_dataset, split_counts, sum_dropped, sum_sources
@@ -34,7 +35,7 @@ def dataset_facts(context: str, dataset: TokenDataset) -> dict[str, Any]:
         "vocab_size": dataset.vocab_size,
         **asdict(counts),
         "bytes_per_token": None if ratio is None else round(ratio, 3),
-        "sources": sources and {name: asdict(part) for name, part in sources.items()},
+        "sources": sources and {redact(name): asdict(part) for name, part in sources.items()},
         "dropped": sum_dropped([entry]),
     }
 
@@ -58,7 +59,7 @@ def keep_cards(folder: Path, datasets: Sequence[dict[str, Any]]) -> None:
             manifest = read_manifest(paths[digest])
             if manifest["digest"] != digest:
                 raise UserError(f"{paths[digest]}: holds another dataset than the run has read")
-            text = render_card(manifest, front_matter=False).encode()
+            text = redact(render_card(manifest, front_matter=False)).encode()
             if card.exists() and card.read_bytes() == text and figure.exists():
                 continue
             card.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,19 @@ class Processes:
         dist.destroy_process_group()
 
 
+class Alone(Processes):
+    """One process that belongs to no group: for what a run's processes would find out together."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, torch.device("cpu"), None)
+
+    def gather(self, value: T) -> list[T]:
+        return [value]
+
+    def once(self, action: Callable[[], T]) -> T:
+        return action()
+
+
 def check_hostfile() -> None:
     """Raise `UserError` if the `deepspeed` launcher above this process was given a hostfile that does not exist.
 
@@ -135,6 +148,7 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on a GPU
         torch.use_deterministic_algorithms(True)
     model = build_model(config.model, seed=config.run.seed)
+    model.recomputed = config.recomputed_layers
     decayed = decayed_parameters(model)
     named = dict(model.named_parameters())
     groups: list[dict[str, Any]] = [
@@ -150,6 +164,11 @@ def build_engine(config: RunConfig, processes: Processes) -> Any:
         fused=processes.device.type == "cuda",
     )
     if config.train.compile:
+        if config.train.deterministic:
+            # Otherwise the shapes of compiled sums are chosen by timing: another process may choose, and round, others.
+            import torch._inductor.config as inductor
+
+            inductor.deterministic = True
         _compile(model, config.train.zero_stage)
     settings = deepspeed_config(config, accumulation)
     try:

@@ -15,9 +15,10 @@ from pipeline.errors import UserError
 LISTED = 8
 
 
-def find_origin(config: RunConfig, tokenizer_sha256: str, processes: Processes) -> Path | None:
+def find_origin(config: RunConfig, tokenizer_sha256: str | None, processes: Processes) -> Path | None:
     """The checkpoint that `run.init_from` names, or None. Called by all processes.
 
+    tokenizer_sha256: of the data; None: not known, and not compared.
     Raises `UserError` if there is none, it is damaged, or its weights are those of another model or tokenizer.
     """
     path = config.run.init_from
@@ -44,7 +45,7 @@ def load_weights(origin: Path, engine: Any, processes: Processes) -> None:
     load_records(records, engine, processes.rank, processes.world_size, moments=False)
 
 
-def _check_fits(checkpoint: Path, model: ModelConfig, tokenizer_sha256: str) -> None:
+def _check_fits(checkpoint: Path, model: ModelConfig, tokenizer_sha256: str | None) -> None:
     manifest = read_manifest(checkpoint)
     then = {p["name"]: tuple(p["shape"]) for group in manifest["layout"]["groups"] for p in group["parameters"]}
     now = _shapes(model)
@@ -65,7 +66,7 @@ def _check_fits(checkpoint: Path, model: ModelConfig, tokenizer_sha256: str) -> 
             if _shapes(model.model_copy(update={key: value})) != now:
                 lines.append(f"set model.{key}: {getattr(model, key)} to the checkpoint's: {value}")
         raise UserError(f"run.init_from: the weights of {checkpoint} do not fit:\n  " + "\n  ".join(lines))
-    if manifest["tokenizer_sha256"] != tokenizer_sha256:
+    if tokenizer_sha256 is not None and manifest["tokenizer_sha256"] != tokenizer_sha256:
         raise UserError(
             f"run.init_from: {checkpoint} was trained with another tokenizer than that of data; prepare the data with "
             "content.tokenizer.path set to the tokenizer.model of the data that the checkpoint was trained on"

@@ -1,15 +1,20 @@
 """Check a run without starting it: `python -m launch.plan CONFIG [key=value …] [--devices N]`.
 
-Prints parameters, FLOPs, memory by ZeRO stage, steps, epochs and time. Needs no GPU, and starts no process.
+Prints parameters, FLOPs, memory by ZeRO stage, steps, epochs and time; with --memory, which settings fit. Checks the
+data, `run.init_from` and `checkpoint.copy_to` as a run does. Needs no GPU, and starts no process.
 """
 
 import argparse
 from collections.abc import Iterator
 
 from flash_model.config import count_parameters, flops_per_token
+from launch.backup import check_place
 from launch.config import RunConfig, accumulation_steps, load_run_config
-from launch.memory import estimate_memory
+from launch.engine import Alone
+from launch.initial_weights import find_origin
+from launch.memory import GIB, OUTSIDE_TORCH, PARTS, estimate_memory, fitting_settings
 from launch.progress import duration
+from launch.run_directory import RunDirectory
 from launch.trainer import open_datasets
 from pipeline.errors import UserError, run_command
 
@@ -22,6 +27,7 @@ def plan_lines(
     """The plan of a run, a line at a time. Raises `UserError` where the run could not start."""
     model, train, data = config.model, config.train, config.data
     accumulation = accumulation_steps(config, devices)
+    check_place(config.checkpoint.copy_to, RunDirectory(config.run.dir).checkpoints)
     parameters, flops = count_parameters(model), flops_per_token(model, data.seq_len)
     tokens = config.steps * train.tokens_per_step
     size = f"{model.n_layers} layers, d_model {model.d_model}: {parameters:,} parameters"
@@ -33,11 +39,13 @@ def plan_lines(
         f"micro batch {train.micro_batch} × seq_len {data.seq_len:,}"
     )
     yield f"steps       {config.steps:,} steps, {tokens:,} tokens"
+    tokenizer_sha256 = None
     try:
         training, validation = open_datasets(config)
     except UserError as error:
         yield f"data        not ready: {error}"
     else:
+        tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
         samples = config.steps * config.samples_per_step
         if len(training.components) > 1:
             yield f"data        mixture of {len(training.components)}; digest {training.digest[:16]}"
@@ -49,27 +57,49 @@ def plan_lines(
             yield f"{start}{dataset.path}: {seen}"
         for name, dataset in validation.items():
             yield f"            {name}: {dataset.n_tokens:,} tokens, {dataset.n_utf8_bytes:,} bytes"
-    yield f"memory      GiB on each device, {train.precision}, by formula (temporary buffers come on top)"
-    yield "            ZeRO  weights  gradients  optimizer  activations   total"
-    for stage in range(4):
-        parts = estimate_memory(config, devices, stage)
-        columns = [
-            size / 2**30 for size in (parts.weights, parts.gradients, parts.optimizer, parts.activations, parts.total)
-        ]
-        marks = "  ← configured" if stage == train.zero_stage else ""
-        if memory_gib is not None and columns[-1] > memory_gib:
-            marks += f"  does not fit {memory_gib:g} GiB"
-        listed = "{:>8.2f} {:>10.2f} {:>10.2f} {:>12.2f} {:>7.2f}".format(*columns)
-        yield f"            {stage}   {listed}{marks}"
+    if origin := find_origin(config, tokenizer_sha256, Alone()):
+        yield f"weights     of {origin}: undamaged, of this model"
+    yield from _memory_lines(config, devices, memory_gib)
     peak = peak_tflops or train.peak_tflops
     if peak:
-        seconds = flops.training * tokens / (devices * peak * 1e12 * ASSUMED_UTILISATION)
+        again = len(config.recomputed_layers) / model.n_layers * (flops.forward - flops.head)
+        seconds = (flops.training + again) * tokens / (devices * peak * 1e12 * ASSUMED_UTILISATION)
         yield (
             f"time        {duration(seconds)} if {devices} devices of {peak:g} TFLOP/s reach {ASSUMED_UTILISATION:.0%} "
             "of it (an assumption: measure a few steps)"
         )
     else:
         yield "time        give --peak TFLOPS of one device for an estimate"
+
+
+def _memory_lines(config: RunConfig, devices: int, memory_gib: float | None) -> Iterator[str]:
+    train = config.train
+    recomputed = f", {len(config.recomputed_layers)} of {config.model.n_layers} layers recomputed"
+    offloaded = {"none": "", "optimizer": ", optimizer on the host", "all": ", parameters and optimizer on the host"}
+    yield (
+        f"memory      GiB on each device, {train.precision}{recomputed if config.recomputed_layers else ''}"
+        f"{offloaded[train.offload]}; what torch allocates at the most, by formula"
+    )
+    yield "            ZeRO  " + " ".join(f"{name:>11}" for name in PARTS) + "    total"
+    allowed = [3] if train.offload == "all" else [1, 2, 3] if train.offload != "none" else [0, 1, 2, 3]
+    for stage in allowed:
+        if stage == 0 and train.precision == "bf16":
+            continue
+        memory = estimate_memory(config, devices, stage)
+        marks = "  ← configured" if stage == train.zero_stage else ""
+        if memory_gib is not None:
+            marks += "  fits" if memory.fits(memory_gib * GIB) else f"  does not fit {memory_gib:g} GiB"
+        listed = " ".join(f"{memory.parts[name] / GIB:>11.2f}" for name in PARTS)
+        yield f"            {stage}     {listed}  {memory.total / GIB:>7.2f}{marks}"
+    memory = estimate_memory(config, devices)
+    beside = f"{OUTSIDE_TORCH / GIB:.0f} GiB more is needed beside torch"
+    yield f"            most of it at: {memory.moment}; {beside}"
+    if memory.host:
+        yield f"            {memory.host / GIB:.2f} GiB of the host's memory for each device"
+    if memory_gib is not None and not memory.fits(memory_gib * GIB):
+        yield f"            to fit {memory_gib:g} GiB, one of:"
+        settings = fitting_settings(config, devices, memory_gib * GIB)
+        yield from (f"              {setting}" for setting in settings or ["nothing: a smaller model or data.seq_len"])
 
 
 def main() -> int:

@@ -118,9 +118,10 @@ def list_rollbacks(directory: RunDirectory) -> list[Rollback]:
 
 def unrecorded(directory: RunDirectory) -> list[dict[str, Any]]:
     """Rollbacks that metrics.jsonl does not have yet, numbered from 1, as plain data."""
-    known = _recorded(directory.metrics)
-    rollbacks = enumerate(list_rollbacks(directory), start=1)
-    return [{"number": number, **asdict(rollback)} for number, rollback in rollbacks if number not in known]
+    rollbacks = list_rollbacks(directory)
+    known = _recorded(directory.metrics) if rollbacks else set()
+    numbered = enumerate(rollbacks, start=1)
+    return [{"number": number, **asdict(rollback)} for number, rollback in numbered if number not in known]
 
 
 def _recorded(metrics: Path) -> set[int]:

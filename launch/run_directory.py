@@ -1,7 +1,8 @@
 """The directory that holds everything of a run.
 
-config.yaml (resolved), run.json (environment and data, for the tracker), metrics.jsonl, tracking.json, data/ (cards
-and pictures of the datasets), checkpoints/, lock, DONE once the last step is reached, and what launch.rollback keeps.
+config.yaml (resolved), run.json (environment and data, for the tracker), metrics.jsonl, system/ (load of each node),
+tracking.json, data/ (cards and pictures of the datasets), checkpoints/, lock, DONE once the last step is reached, and
+what launch.rollback keeps.
 """
 
 import fcntl
@@ -26,6 +27,7 @@ class RunDirectory:
         self.config = path / "config.yaml"
         self.facts = path / "run.json"
         self.metrics = path / "metrics.jsonl"
+        self.system = path / "system"
         self.tracking = path / "tracking.json"
         self.data = path / "data"
         self.checkpoints = path / "checkpoints"
@@ -75,6 +77,18 @@ class RunDirectory:
         # The identity outlives restarts: MLflow keeps one run for it.
         uid = self.uid if self.facts.exists() else uuid.uuid4().hex
         write_json(self.facts, {"uid": uid, **facts})
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a trainer has the directory."""
+        try:
+            with open(self.path / "lock") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def close(self) -> None:
         """Give up the lock."""

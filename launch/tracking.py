@@ -2,7 +2,7 @@
 
 Training never waits for a server and never imports MLflow: `launch.replay` follows metrics.jsonl, sends what is new and
 ends when this process ends, however it ends. What a dead server missed is sent by the next start of the run, or by
-`python -m launch.replay RUN_DIR`.
+`python -m launch.replay RUN_DIR`. `launch.system_metrics`, one on each node, samples the load in the same way.
 """
 
 import json
@@ -15,13 +15,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from launch.config import RunConfig
-from launch.rollback import unrecorded
+from launch.engine import Processes
+from launch.records import drop_torn_line, last_record
+from launch.rollback import list_rollbacks, unrecorded
 from launch.run_directory import RunDirectory
 
-CLOSE_TIMEOUT = 60.0
+SAMPLER_SECONDS = 5.0
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "mlflow", "ray", "sentencepiece")
 
 
@@ -31,24 +31,17 @@ class Tracker:
     def __init__(self, directory: RunDirectory, config: RunConfig, attempt: int) -> None:
         self._directory = directory
         self._attempt = attempt
-        _drop_torn_line(directory.metrics)
+        self._close_seconds = config.tracking.close_seconds
+        self._rollbacks = len(list_rollbacks(directory))
+        drop_torn_line(directory.metrics)
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
         self._sender: subprocess.Popen[bytes] | None = None
-        psutil.cpu_percent()
         for rollback in unrecorded(directory):
             self._write({"rollback": rollback})
         self._write({"status": "RUNNING"})
         if config.tracking.enabled:
-            command = [sys.executable, "-m", "launch.replay", str(directory.path), "--follow", str(os.getpid())]
-            environment = os.environ | {
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                "CUDA_VISIBLE_DEVICES": "",
-            }
-            with open(directory.path / "replay.log", "ab") as log:
-                # A session of its own: Ctrl-C and the launcher's signals are not for the sender.
-                self._sender = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
-                )
+            arguments = [str(directory.path), "--follow", str(os.getpid()), "--attempt", str(attempt)]
+            self._sender = _start("launch.replay", arguments, directory, {"CUDA_VISIBLE_DEVICES": ""})
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record `metrics` of `step`."""
@@ -66,16 +59,24 @@ class Tracker:
         """Record what was wrong with `step`, which was not learnt from."""
         self._write({"step": step, "bad_step": found})
 
+    def lost(self) -> None:
+        """Record that the run has failed, from another thread: the one that writes the record may hang."""
+        with open(self._directory.metrics, "a", encoding="utf-8") as file:
+            file.write(self._line({"status": "FAILED"}))
+
     def close(self, status: str) -> str | None:
-        """Record the final `status` (FINISHED, FAILED or KILLED); returns a message if MLflow does not have it all."""
+        """Record the final `status` (FINISHED, FAILED or KILLED); returns a message if MLflow does not have it all.
+
+        Waits while MLflow takes what is left, `tracking.close_seconds` at most; the sender gives up on a dead server.
+        """
         self._write({"status": status})
         self._file.close()
         if self._sender is None:
             return None
         try:
-            failed = self._sender.wait(CLOSE_TIMEOUT) != 0
+            failed = self._sender.wait(self._close_seconds) != 0
         except subprocess.TimeoutExpired:
-            self._sender.terminate()
+            self._sender.kill()
             self._sender.wait()
             failed = True
         if not failed:
@@ -87,50 +88,71 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run, once the sender has it."""
+        """MLflow's id of the run, once the sender has it: after a rollback that of the child run."""
         try:
-            run_id: str | None = json.loads(self._directory.tracking.read_text()).get("run_id")
+            state = json.loads(self._directory.tracking.read_text())
         except (OSError, json.JSONDecodeError):
             return None
+        run_id: str | None = state.get("run_id") if state.get("rollbacks", 0) == self._rollbacks else None
         return run_id
 
     def _write(self, record: dict[str, Any]) -> None:
-        record = {"time": round(time.time(), 3), "attempt": self._attempt, **record}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(self._line(record))
         self._file.flush()
 
+    def _line(self, record: dict[str, Any]) -> str:
+        return json.dumps({"time": round(time.time(), 3), "attempt": self._attempt, **record}) + "\n"
 
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a killed process left without its end."""
-    if not path.exists():
-        return
-    with open(path, "rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
+
+class NodeSampler:
+    """Keeps a process running that samples the load of this node: one on each node. Made by all processes."""
+
+    def __init__(self, directory: RunDirectory, config: RunConfig, attempt: int, processes: Processes) -> None:
+        self._sampler: subprocess.Popen[bytes] | None = None
+        seconds = config.tracking.system_metrics_seconds
+        if not config.tracking.enabled or seconds is None:
+            return
+        local_ranks = processes.gather(int(os.environ["LOCAL_RANK"]))
+        if local_ranks[processes.rank] != 0:
+            return
+        node = local_ranks[: processes.rank].count(0)
+        prefix = "system/" if local_ranks.count(0) == 1 else f"system/node_{node}/"
+        arguments = [str(directory.system / f"node-{node}.jsonl"), "--prefix", prefix, "--attempt", str(attempt)]
+        arguments += ["--seconds", str(seconds), "--follow", str(os.getpid())]
+        self._sampler = _start("launch.system_metrics", arguments, directory, {}, stdin=subprocess.PIPE)
+
+    def close(self) -> None:
+        """Take a last sample and end; nothing if that is done."""
+        if self._sampler is None or self._sampler.stdin is None:
+            return
+        self._sampler.stdin.close()
+        try:
+            self._sampler.wait(SAMPLER_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._sampler.kill()
+            self._sampler.wait()
+        self._sampler = None
+
+
+def _start(
+    module: str,
+    arguments: list[str],
+    directory: RunDirectory,
+    variables: dict[str, str],
+    stdin: int = subprocess.DEVNULL,
+) -> "subprocess.Popen[bytes]":
+    """Start a module of this project beside the trainer; what it says is in replay.log."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))} | variables
+    command = [sys.executable, "-m", module, *arguments]
+    with open(directory.path / "replay.log", "ab") as log:
+        # A session of its own: Ctrl-C and the launcher's signals are not for it.
+        return subprocess.Popen(command, stdin=stdin, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def last_attempt(path: Path) -> int:
     """Number of the last attempt recorded in metrics.jsonl; -1 if there is none."""
-    if not path.exists():
-        return -1
-    attempts = [-1]
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                attempts.append(json.loads(line)["attempt"])
-    return max(attempts)
-
-
-def system_metrics() -> dict[str, float]:
-    """Load of this machine now, under MLflow's names for system metrics."""
-    memory = psutil.virtual_memory()
-    return {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_percentage": memory.percent,
-        "system/process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
-    }
+    record = last_record(path)
+    return -1 if record is None else int(record["attempt"])
 
 
 def run_facts(config: RunConfig, datasets: list[dict[str, Any]], world_size: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from launch.config import RunConfig, accumulation_steps, component_name
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import Validation, to_device
+from launch.first_step import memory_errors_explained, take_mock_step
 from launch.gradients import GradientNorms, discard_gradients, total_norm
 from launch.initial_weights import find_origin, load_weights
 from launch.layer_metrics import LayerMetrics
@@ -31,7 +32,7 @@ from launch.samples import Samples, read_prompts
 from launch.saving import CheckpointSaver, SavedCheckpoint
 from launch.schedule import learning_rate
 from launch.stop import StopRequest
-from launch.tracking import Tracker, last_attempt, run_facts, system_metrics
+from launch.tracking import NodeSampler, Tracker, last_attempt, run_facts
 from launch.watchdog import Phase, Watchdog
 from pipeline.batches import DataState, TrainingStream
 from pipeline.errors import UserError
@@ -105,18 +106,20 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
     resume_from, back = _choose_start(config, directory, training, processes)
     tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
     origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
+    stop = StopRequest(config.run.dir)
+    for line in first_lines(config, training, processes):
+        say(line)
+    with memory_errors_explained(config, processes):
+        profiler.engine = engine = build_engine(config, processes)
+        if config.train.mock_step or (config.train.mock_step is None and processes.device.type == "cuda"):
+            take_mock_step(config, engine, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
     processes.once(lambda: directory.open(config, facts))
     processes.once(lambda: carry_out(directory, back))
-    stop = StopRequest(config.run.dir)
-    tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
     backup = Backup(directory.checkpoints, copy_to, uid) if copy_to and processes.rank == 0 else None
 
-    for line in first_lines(config, training, processes):
-        say(line)
-    profiler.engine = engine = build_engine(config, processes)
     stream = open_stream(config, training)
     progress = Progress(0, 0, stream.state, attempt, History())
     if resume_from is not None:
@@ -131,6 +134,10 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
         load_weights(origin, engine, processes)
     norms = GradientNorms(engine, processes)
     pace = Pace(config, flops_per_token(config.model, config.data.seq_len).training, processes)
+    # From here on the run is recorded, and how it ends.
+    tracker = Tracker(directory, config, attempt) if processes.rank == 0 else None
+    sampler = NodeSampler(directory, config, attempt, processes)
+    watchdog.before_exit = tracker.lost if tracker else None
 
     tokenizer = training.components[0].dataset.tokenizer_path
     validate = Validation(config, validation, engine, processes)
@@ -259,7 +266,7 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
                 if skipped := history.counted(progress.step, config.bad_steps):
                     metrics["train/skipped_steps"] = len(skipped)
                 logged = progress.step % config.train.log_every == 0 or last
-                tracker.log(progress.step, metrics | (system_metrics() if logged else {}))
+                tracker.log(progress.step, metrics)
                 if (logged or progress.step == 1) and fault is None:
                     say(progress_line(config, progress.step, metrics, pace))
             if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
@@ -281,6 +288,9 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
             say(f"done: {progress.step:,} steps, {progress.tokens:,} tokens in {directory.path}")
         outcome = {FINISHED: "FINISHED", STOPPED: "KILLED"}.get(status, "FAILED")
         enter("wait")
+        sampler.close()
+        # All meet before the record is closed: only the first process waits for MLflow, and it has all nodes' samples.
+        processes.barrier()
     except Exception as error:
         profiler.explain(error)
         watchdog.failed(error)
@@ -288,9 +298,9 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
     finally:
         steps.close()
         saver.close()
+        sampler.close()
         if tracker and (message := tracker.close(outcome)):
             say(message)
-    processes.barrier()
     if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: stop.reason is not None)):
         say(message)
     directory.close()

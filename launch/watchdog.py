@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -84,7 +85,10 @@ def culprits(reports: list[Report], now: float) -> list[Report]:
 
 
 class Watchdog:
-    """Watches over all processes of a run while its context lasts; entered and left by all of them."""
+    """Watches over all processes of a run while its context lasts; entered and left by all of them.
+
+    before_exit: called by the watchdog's thread before it ends this process.
+    """
 
     def __init__(self, limits: WatchdogSection, processes: Processes) -> None:
         self._limits, self._processes = limits, processes
@@ -93,6 +97,7 @@ class Watchdog:
         self._beat: tuple[int, str, float] = (0, "start", time.monotonic())
         self._steps = 0
         self._failed = False
+        self.before_exit: Callable[[], None] | None = None
         self._closing = threading.Event()
         self._reports: dict[int, Report] = {}
         self._peers: dict[socket.socket, _Lines] = {}
@@ -274,6 +279,9 @@ class Watchdog:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
             time.sleep(pause if here and stacks else 0)
+        with contextlib.suppress(OSError):
+            if self.before_exit:
+                self.before_exit()
         os._exit(LOST)
 
     def _stacks(self) -> str:

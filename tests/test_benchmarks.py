@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, models, op, plot, step, table
+from benchmarks import machine, memory, models, op, plot, step, table
 from benchmarks.models import ENTRANTS, SIZES
 from benchmarks.plain_flash import PlainFlashLM
 from benchmarks.report import markdown_table
@@ -19,6 +19,7 @@ from benchmarks.step_profile import floor_milliseconds, group_events
 from flash_model.config import ModelConfig
 from flash_model.init import initialize
 from flash_model.lm import FlashLM, build_model
+from launch.config import accumulation_steps
 
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]
@@ -264,3 +265,31 @@ def test_markdown_tables_are_aligned() -> None:
         "| a long name |    1 |",
         "| b           | 22.5 |",
     ]
+
+
+@pytest.mark.parametrize("size", memory.SIZES)
+@pytest.mark.parametrize("setting", memory.SETTINGS)
+def test_every_cell_of_the_memory_benchmark_is_a_run_that_can_be(size: str, setting: str) -> None:
+    config = memory.cell_config(size, setting, compiled=False)
+    assert accumulation_steps(config, 1) == memory.ACCUMULATION
+
+
+def test_memory_is_measured_in_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    written = tmp_path / "memory.json"
+    arguments = ["memory", "--sizes", "tiny", "--settings", "zero1-recompute-2", "--steps", "1", "--json", str(written)]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert memory.main() == 0
+    document = json.loads(written.read_text())
+    (row,) = document["rows"]
+    assert row["status"] == "ok", row
+    assert 5 < row["loss"] < 7
+    assert row["peak_gib"] is None
+    assert row["planned_gib"] == pytest.approx(sum(row["planned_gib_by_part"].values()))
+    assert "tiny, zero1-recompute-2" in capsys.readouterr().out
+    rows = [{**row, "peak_gib": 2.0, "planned_gib": 1.9}, {**row, "status": "out of memory"}]
+    report = table.memory_report({**document, "rows": rows})
+    assert "0.95" in report
+    assert "out of memory" in report

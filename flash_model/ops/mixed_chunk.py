@@ -82,8 +82,8 @@ def mixed_chunk_attention(
             documents. None: one document, numbered 0.
         start: position of the first token, a multiple of C.
         state: of the piece of the sequence before this one (causal only); tokens of another document ignore it.
-        projection_bias: (2E + S,), the bias of the projection where uvz is without it: added on loading, and its
-            gradient, the sum of uvz's over all tokens, comes with uvz's. None: uvz is whole.
+        projection_bias: (2E + S,), the bias that uvz already contains, detached there. Its gradient, the sum of uvz's
+            over all tokens, comes with uvz's and saves a pass over it.
         return_state: also return the state after the last token; T must then be a multiple of C.
         rope_base: base of the rotary angles.
 
@@ -195,18 +195,11 @@ def _mixed_chunk(
     if kernel:
         from flash_model.ops import triton_mixed_chunk
 
-        return triton_mixed_chunk.forward(inputs, projection_bias, return_state=return_state)
-    inputs = _with_bias(inputs, projection_bias)
+        return triton_mixed_chunk.forward(inputs, return_state=return_state)
     out, *left = reference.forward(inputs)
     if not return_state:
         left = [x.new_empty(0) for x in left]
     return out, left[0], left[1].clone(), left[2].clone(), uvz.new_empty(0)
-
-
-def _with_bias(inputs: reference.Inputs, projection_bias: Tensor | None) -> reference.Inputs:
-    if projection_bias is None:
-        return inputs
-    return inputs._replace(uvz=inputs.uvz + projection_bias.to(inputs.uvz.dtype))
 
 
 @_mixed_chunk.register_fake
@@ -241,7 +234,6 @@ def _mixed_chunk_backward(
     gamma: Tensor,
     beta: Tensor,
     bias: Tensor,
-    projection_bias: Tensor | None,
     doc_ids: Tensor | None,
     state_sum: Tensor | None,
     state_count: Tensor | None,
@@ -260,8 +252,7 @@ def _mixed_chunk_backward(
     if kernel:
         from flash_model.ops import triton_mixed_chunk
 
-        return triton_mixed_chunk.backward(grad_out, grad_left, inputs, projection_bias, out, states)
-    inputs = _with_bias(inputs, projection_bias)
+        return triton_mixed_chunk.backward(grad_out, grad_left, inputs, out, states)
     grads = reference.backward(grad_out, grad_left, inputs)
     return (*grads, grads[0].sum((0, 1), dtype=accumulation_dtype(uvz)))
 
@@ -274,7 +265,6 @@ def _(
     gamma: Tensor,
     beta: Tensor,
     bias: Tensor,
-    projection_bias: Tensor | None,
     doc_ids: Tensor | None,
     state_sum: Tensor | None,
     *_: Any,
@@ -289,8 +279,9 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     uvz, gamma, beta, bias, projection_bias, *others = inputs
     causal, return_state = others[5], others[8]
-    ctx.save_for_backward(uvz, gamma, beta, bias, projection_bias, *others[:4], output[0], output[4])
+    ctx.save_for_backward(uvz, gamma, beta, bias, *others[:4], output[0], output[4])
     ctx.options = (*others[4:8], others[9])
+    ctx.projection_bias_dtype = None if projection_bias is None else projection_bias.dtype
     ctx.mark_non_differentiable(*output[2 if causal and return_state else 1 :])
     ctx.set_materialize_grads(False)
 
@@ -300,12 +291,12 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
     if grad_out is None:
-        grad_out = torch.zeros_like(saved[9])
+        grad_out = torch.zeros_like(saved[8])
     uvz, gamma, beta, bias, state, token_sums = torch.ops.flash_model.mixed_chunk_backward(
         grad_out, grad_left, *saved, *ctx.options
     )
-    projection_bias = None if saved[4] is None else token_sums.to(saved[4].dtype)
-    return (uvz, gamma, beta, bias, projection_bias, None, None if saved[6] is None else state, *(None,) * 8)
+    projection_bias = None if ctx.projection_bias_dtype is None else token_sums.to(ctx.projection_bias_dtype)
+    return (uvz, gamma, beta, bias, projection_bias, None, None if saved[5] is None else state, *(None,) * 8)
 
 
 _mixed_chunk.register_autograd(_differentiate, setup_context=_setup_context)
@@ -336,5 +327,5 @@ def _backward_flops(
 ) -> int:
     B, T, width = uvz
     S = gamma[1]
-    chunk_size, causal = args[9], args[10]
+    chunk_size, causal = args[8], args[9]
     return 2 * mixed_chunk_flops(B * T, T, S, (width - S) // 2, chunk_size, causal)

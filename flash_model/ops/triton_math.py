@@ -25,13 +25,13 @@ def silu(x):
 
 
 @triton.jit
-def activate(x, DTYPE: tl.constexpr):
-    """SiLU of a float32 block in DTYPE. For bfloat16 by the hardware's tanh: its error is a quarter of the rounding."""
-    if not INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
-        half = 0.5 * x
+def activate(x):
+    """SiLU of a block, in its dtype. For bfloat16 by the hardware's tanh, whose error is a quarter of its rounding."""
+    if x.dtype == tl.bfloat16 and not INTERPRETED:
+        half = 0.5 * x.to(tl.float32)
         tanh = tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], tl.float32, is_pure=True, pack=1)
-        return (half + half * tanh).to(DTYPE)
-    return silu(x).to(DTYPE)
+        return (half + half * tanh).to(tl.bfloat16)
+    return silu(x).to(x.dtype)
 
 
 @triton.jit
@@ -83,22 +83,6 @@ def load_rows(ptr, inside, WHOLE: tl.constexpr):
         return tl.load(ptr)
     else:  # noqa: RET505
         return tl.load(ptr, mask=inside, other=0.0)
-
-
-@triton.jit
-def load_bias(ptr, column):
-    """The projection's bias at these columns of uvz, float32; zeros where ptr is None."""
-    if ptr is None:
-        return column * 0.0
-    else:  # noqa: RET505
-        return tl.load(ptr + column).to(tl.float32)
-
-
-@triton.jit
-def load_projection(ptr, bias, inside, WHOLE: tl.constexpr):
-    """A block of uvz with its bias, float32; where not WHOLE, rows that are not inside (rows, 1) are 0."""
-    x = load_rows(ptr, inside, WHOLE).to(tl.float32) + bias
-    return x if WHOLE else tl.where(inside, x, 0.0)
 
 
 @triton.jit

@@ -55,7 +55,6 @@ class _Call:
     """What every kernel of one call needs: tensors, sizes, launches."""
 
     inputs: Inputs
-    projection_bias: Tensor | None  # (2E + S,), still to be added to uvz
     B: int
     T: int
     G: int
@@ -64,7 +63,7 @@ class _Call:
     E: int
 
     @classmethod
-    def of(cls, inputs: Inputs, projection_bias: Tensor | None) -> "_Call":
+    def of(cls, inputs: Inputs) -> "_Call":
         B, T, width = inputs.uvz.shape
         S, C = inputs.gamma.shape[1], inputs.chunk_size
         inputs = inputs._replace(
@@ -75,8 +74,7 @@ class _Call:
             doc_ids=None if inputs.doc_ids is None else inputs.doc_ids.contiguous(),
             state_sum=None if inputs.state_sum is None else inputs.state_sum.contiguous(),
         )
-        projection_bias = None if projection_bias is None else projection_bias.contiguous()
-        return cls(inputs, projection_bias, B, T, -(-T // C), C, S, (width - S) // 2)
+        return cls(inputs, B, T, -(-T // C), C, S, (width - S) // 2)
 
     @property
     def docs(self) -> bool:
@@ -131,10 +129,6 @@ class _Call:
         return self.score_tiles(launch) + linear + self.value_tiles(launch)
 
     @property
-    def projection(self) -> tuple[Tensor, Tensor | None]:
-        return self.inputs.uvz, self.projection_bias
-
-    @property
     def uvz_strides(self) -> tuple[int, int]:
         return self.inputs.uvz.stride(0), self.inputs.uvz.stride(1)
 
@@ -182,7 +176,7 @@ def _make_heads(call: _Call, *, backward: bool) -> _Heads:
     heads = _Heads(call.new(N, C, S), call.new(N, C, S), own_q, own_k, queries, keys, relu)
     launch = call.launch("heads")
     heads_kernel[(C // launch.blocks["ROWS"], N)](
-        *call.projection, inputs.gamma, inputs.beta, *call.head_arguments(), *heads[:4], queries,
+        inputs.uvz, inputs.gamma, inputs.beta, *call.head_arguments(), *heads[:4], queries,
         keys[..., C:] if backward else keys, call.T, call.G, *call.uvz_strides, **call.head_constants(),
         WIDTH_Q=queries.shape[2], WIDTH_K=keys.shape[2], **launch.options(),
     )  # fmt: skip
@@ -250,7 +244,7 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
     sums, outputs = call.sum_tiles(launch, "SUMS_E"), call.value_tiles(launch)
     programs = blocks["SLICE"] * (sums + outputs) + triton.cdiv(width, blocks["BLOCK"])
     forward_kernel[((pipe.slices + 2) * programs,)](
-        *call.projection, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
+        inputs.uvz, heads.queries, heads.keys, states, values, out, pipe.counters, pipe.carry, inputs.state_sum,
         pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, L=call.L, C=call.C, WHOLE=call.whole,
         DOCS=call.docs, HAS_STATE=inputs.state_sum is not None, LEAVE=leave, SUMS=sums, OUTPUTS=outputs,
@@ -261,12 +255,12 @@ def _forward_causal(call: _Call, heads: _Heads, *, leave: bool) -> tuple[Tensor,
 
 def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
     """Return out (B, T, E) and the states (B, G or 1, L, E)."""
-    launch = call.launch("chunk_sums")
+    inputs, launch = call.inputs, call.launch("chunk_sums")
     sizes = (call.T, call.G, *call.uvz_strides)
     extents = {"E": call.E, "L": call.L, "C": call.C, "WHOLE": call.whole}
     states, values = call.new(call.B, call.G, call.L, call.E), call.new(call.N, call.C, call.E)
     chunk_sums_kernel[(call.sum_tiles(launch), call.N)](
-        *call.projection, heads.keys, values, states, *sizes, **extents, **launch.options()
+        inputs.uvz, heads.keys, values, states, *sizes, **extents, **launch.options()
     )
     if call.two:
         _scan_routes(call, states, adjoint=False)
@@ -274,21 +268,18 @@ def _forward_bidirectional(call: _Call, heads: _Heads) -> tuple[Tensor, Tensor]:
         states = _total(states)
     launch, out = call.launch("output"), call.new(call.B, call.T, call.E)
     output_kernel[(call.value_tiles(launch), call.N)](
-        *call.projection, heads.queries, states, values, out, *sizes, *call.state_strides(states),
+        inputs.uvz, heads.queries, states, values, out, *sizes, *call.state_strides(states),
         **extents, **launch.options(),
     )  # fmt: skip
     return out, states
 
 
-def forward(
-    inputs: Inputs, projection_bias: Tensor | None, *, return_state: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward(inputs: Inputs, *, return_state: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return out (B, T, E), the sum, count and document of the state that leaves, and the states for `backward`.
 
-    projection_bias (2E + S,): what is still to be added to uvz. Without return_state the parts of the state are empty
-    tensors.
+    Without return_state the parts of the state are empty tensors.
     """
-    call = _Call.of(inputs, projection_bias)
+    call = _Call.of(inputs)
     inputs = call.inputs
     heads = _make_heads(call, backward=False)
     if not inputs.causal:
@@ -351,7 +342,7 @@ def _backward_causal(
     gates, tiles = call.sum_tiles(launch, "GATE_E"), call.product_tiles(launch)
     programs = blocks["SLICE"] * (gates + tiles) + triton.cdiv(width, blocks["BLOCK"])
     backward_kernel[((pipe.slices + 2) * programs,)](
-        *call.projection, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
+        inputs.uvz, out, grad_out, heads.queries, heads.keys, states, grads.uvz, grad_attended, grad_states,
         grads.scores, grads.lin_q, grads.lin_k, grads.u_sums, grads.v_sums, pipe.counters, pipe.carry, grad_left,
         pipe.left, inputs.doc_ids, inputs.state_doc_id,
         call.N, call.T, call.G, pipe.slices, width, *call.uvz_strides, E=call.E, S=call.S, L=call.L, C=call.C,
@@ -369,7 +360,7 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
     grads = _new_gradients(call, call.C // products.blocks["ROWS"])
     grad_attended, grad_states = call.new(call.N, call.C, call.E), call.new(call.B, call.G, call.L, call.E)
     gate_backward_kernel[(call.sum_tiles(gate), call.N)](
-        *call.projection, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
+        inputs.uvz, out, grad_out, heads.queries, grads.uvz, grad_attended, grad_states, grads.u_sums, *sizes,
         **extents, **gate.options(),
     )  # fmt: skip
     if call.two:
@@ -378,7 +369,7 @@ def _backward_bidirectional(call: _Call, heads: _Heads, grad_out: Tensor, out: T
         grad_states = _total(grad_states)
     tiles = call.product_tiles(products)
     products_backward_kernel[(tiles, call.N)](
-        *call.projection, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
+        inputs.uvz, heads.keys, heads.relu, inputs.doc_ids, grad_attended, states, grad_states, grads.uvz,
         grads.scores, grads.weights, grads.lin_q, grads.lin_k, grads.v_sums, *sizes, *call.state_strides(states),
         DOCS=call.docs, TILES=tiles, **extents, **products.options(),
     )  # fmt: skip
@@ -397,19 +388,14 @@ def _quad_backward(call: _Call, q: Tensor, k: Tensor, grad: Tensor) -> tuple[Ten
 
 
 def backward(
-    grad_out: Tensor,
-    grad_left: Tensor | None,
-    inputs: Inputs,
-    projection_bias: Tensor | None,
-    out: Tensor,
-    states: Tensor,
+    grad_out: Tensor, grad_left: Tensor | None, inputs: Inputs, out: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of uvz, gamma, beta, bias and the sum of the state that entered, each in its input's dtype,
     and the sums (2E + S,) of uvz's over all tokens, in float32.
 
     out and states are what `forward` returned. Where no state entered, its gradient is an empty tensor.
     """
-    call = _Call.of(inputs, projection_bias)
+    call = _Call.of(inputs)
     inputs, N, C, S = call.inputs, call.N, call.C, call.S
     grad_out, out = grad_out.contiguous(), out.contiguous()
     heads = _make_heads(call, backward=True)
@@ -428,8 +414,8 @@ def backward(
     blocks = C // launch.blocks["ROWS"]
     partial = call.new(N * blocks, 9 * S, dtype=torch.float32)
     heads_backward_kernel[(blocks, N)](
-        *call.projection, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k,
-        grads.uvz, partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(),
+        inputs.uvz, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k, grads.uvz,
+        partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(), enable_fp_fusion=False,
     )  # fmt: skip
     grad_bias = torch.empty_like(inputs.bias)
     diagonals_kernel[(2 * C - 1,)](

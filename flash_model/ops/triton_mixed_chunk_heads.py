@@ -28,17 +28,11 @@ def _angles(starts_ptr, offsets_ptr, g, row, pair, present, H: tl.constexpr):
 
 
 @triton.jit
-def _load_z(uvz_ptr, projection_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):
-    """The two halves of z (rows, pairs), with the projection's bias; 0 behind the end of the sequence."""
+def _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E: tl.constexpr, H: tl.constexpr):
+    """The two halves of z (rows, pairs); 0 behind the end of the sequence."""
     z = uvz_ptr + b.to(tl.int64) * stride_b + t.to(tl.int64)[:, None] * stride_t + 2 * E + pair[None, :]
     mask = (t < T)[:, None] & present[None, :]
-    z1 = tl.load(z, mask=mask, other=0.0).to(tl.float32)
-    z2 = tl.load(z + H, mask=mask, other=0.0).to(tl.float32)
-    if projection_ptr is not None:
-        bias = projection_ptr + 2 * E + pair
-        z1 = tl.where(mask, z1 + tl.load(bias, mask=present, other=0.0).to(tl.float32)[None, :], 0.0)
-        z2 = tl.where(mask, z2 + tl.load(bias + H, mask=present, other=0.0).to(tl.float32)[None, :], 0.0)
-    return z1, z2
+    return tl.load(z, mask=mask, other=0.0).to(tl.float32), tl.load(z + H, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -104,7 +98,7 @@ def _load_pair(ptr, mask, H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "G"])
 def heads_kernel(
-    uvz_ptr, projection_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
+    uvz_ptr, gamma_ptr, beta_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
     quad_q_ptr, quad_k_ptr, own_q_ptr, own_k_ptr, lin_q_ptr, lin_k_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, C: tl.constexpr, H2: tl.constexpr, G2: tl.constexpr, CAUSAL: tl.constexpr,
@@ -126,7 +120,7 @@ def heads_kernel(
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
-    z1, z2 = _load_z(uvz_ptr, projection_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    z1, z2 = _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
     a1, a2 = silu(z1), silu(z2)
     cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     mask = present[None, :]
@@ -256,7 +250,7 @@ def quad_backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "G"])
 def heads_backward_kernel(
-    uvz_ptr, projection_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
+    uvz_ptr, gamma_ptr, doc_ptr, state_count_ptr, state_doc_ptr, starts_ptr, offsets_ptr,
     grad_quad_q_ptr, grad_quad_k_ptr, grad_own_q_ptr, grad_own_k_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t,
@@ -279,7 +273,7 @@ def heads_backward_kernel(
     read_past, read_future, own, write_past, write_future = _reading(
         doc_ptr, state_count_ptr, state_doc_ptr, b, g, t, T, G, C, G2, CAUSAL, DOCS, HAS_STATE
     )
-    z1, z2 = _load_z(uvz_ptr, projection_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
+    z1, z2 = _load_z(uvz_ptr, b, t, T, stride_b, stride_t, pair, present, E, H)
     a1, a2 = silu(z1), silu(z2)
     cos, sin = _angles(starts_ptr, offsets_ptr, g, row, pair, present, H)
     partial = partial_ptr + (n.to(tl.int64) * (C // ROWS) + tl.program_id(0)) * 9 * S + pair

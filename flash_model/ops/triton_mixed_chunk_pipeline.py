@@ -96,8 +96,7 @@ def _scan_slice(
 
 @triton.jit(do_not_specialize=["N", "T", "G", "slices"])
 def forward_kernel(
-    uvz_ptr, projection_ptr, queries_ptr, keys_ptr, states_ptr, values_ptr, out_ptr, counters_ptr, carry_ptr,
-    initial_ptr, left_ptr,
+    uvz_ptr, queries_ptr, keys_ptr, states_ptr, values_ptr, out_ptr, counters_ptr, carry_ptr, initial_ptr, left_ptr,
     doc_ptr, state_doc_ptr,
     N, T, G, slices, width, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -116,7 +115,7 @@ def forward_kernel(
         n = group * SLICE + program // SUMS
         if n < N:
             chunk_sums_tile(
-                n, program % SUMS, uvz_ptr, projection_ptr, keys_ptr, values_ptr, states_ptr, T, G, stride_b, stride_t,
+                n, program % SUMS, uvz_ptr, keys_ptr, values_ptr, states_ptr, T, G, stride_b, stride_t,
                 E, L, C, WHOLE, BLOCK_L, SUMS_E, SUMS_STEP, STAGES,
             )  # fmt: skip
             _done(counters_ptr + group)
@@ -138,15 +137,14 @@ def forward_kernel(
         if (slice_ >= 0) & (n < N):
             _wait(counters_ptr + slices + slice_, scans)
             output_tile(
-                n, program % OUTPUTS, uvz_ptr, projection_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G,
-                stride_b, stride_t,
+                n, program % OUTPUTS, uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t,
                 G * width, width, E, L, C, True, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "T", "G", "slices"])
 def backward_kernel(
-    uvz_ptr, projection_ptr, out_ptr, grad_out_ptr, queries_ptr, keys_ptr, states_ptr, grad_uvz_ptr, grad_attended_ptr,
+    uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, keys_ptr, states_ptr, grad_uvz_ptr, grad_attended_ptr,
     grad_states_ptr, grad_scores_ptr, grad_lin_q_ptr, grad_lin_k_ptr, u_sums_ptr, v_sums_ptr,
     counters_ptr, carry_ptr, initial_ptr, left_ptr, doc_ptr, state_doc_ptr,
     N, T, G, slices, width, stride_b, stride_t,
@@ -166,7 +164,7 @@ def backward_kernel(
         i = group * SLICE + program // GATES
         if i < N:
             gate_backward_tile(
-                N - 1 - i, program % GATES, uvz_ptr, projection_ptr, out_ptr, grad_out_ptr, queries_ptr, grad_uvz_ptr,
+                N - 1 - i, program % GATES, uvz_ptr, out_ptr, grad_out_ptr, queries_ptr, grad_uvz_ptr,
                 grad_attended_ptr, grad_states_ptr, u_sums_ptr, T, G, stride_b, stride_t,
                 E, S, L, C, WHOLE, BLOCK_L, GATE_E, GATE_STEP, 2,
             )  # fmt: skip
@@ -189,8 +187,7 @@ def backward_kernel(
         if (slice_ >= 0) & (i < N):
             _wait(counters_ptr + slices + slice_, scans)
             products_backward_tile(
-                N - 1 - i, program % TILES, uvz_ptr, projection_ptr, keys_ptr, None, None, grad_attended_ptr,
-                states_ptr,
+                N - 1 - i, program % TILES, uvz_ptr, keys_ptr, None, None, grad_attended_ptr, states_ptr,
                 grad_states_ptr, grad_uvz_ptr, grad_scores_ptr, None, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
                 T, G, stride_b, stride_t, G * width, width,
                 E, S, L, C, True, False, WHOLE, TILES, ROWS, BLOCK_L, BLOCK_E, STEP, STAGES,
@@ -199,14 +196,13 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "G"])
 def chunk_sums_kernel(
-    uvz_ptr, projection_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
+    uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles, N)."""
     chunk_sums_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, projection_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b,
-        stride_t,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
         E, L, C, WHOLE, BLOCK_L, BLOCK_E, STEP, STAGES,
     )  # fmt: skip
 
@@ -248,28 +244,27 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["T", "G"])
 def output_kernel(
-    uvz_ptr, projection_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
+    uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Bidirectional output. Grid: (tiles, N)."""
     output_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, projection_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G,
         stride_b, stride_t, states_b, states_g, E, L, C, False, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T", "G"])
 def gate_backward_kernel(
-    uvz_ptr, projection_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr,
-    u_sums_ptr,
+    uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, u_sums_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles, N)."""
     gate_backward_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, projection_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr,
         grad_attended_ptr, grad_states_ptr, u_sums_ptr, T, G, stride_b, stride_t,
         E, S, L, C, WHOLE, BLOCK_L, BLOCK_E, STEP, STAGES,
     )  # fmt: skip
@@ -277,7 +272,7 @@ def gate_backward_kernel(
 
 @triton.jit(do_not_specialize=["T", "G"])
 def products_backward_kernel(
-    uvz_ptr, projection_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
+    uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, DOCS: tl.constexpr, WHOLE: tl.constexpr,
@@ -286,8 +281,7 @@ def products_backward_kernel(
 ):  # fmt: skip
     """Bidirectional. Grid: (TILES, N)."""
     products_backward_tile(
-        tl.program_id(1), tl.program_id(0), uvz_ptr, projection_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr,
-        states_ptr,
+        tl.program_id(1), tl.program_id(0), uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr,
         grad_sums_ptr, grad_uvz_ptr, grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
         T, G, stride_b, stride_t, states_b, states_g,
         E, S, L, C, False, DOCS, WHOLE, TILES, ROWS, BLOCK_L, BLOCK_E, STEP, STAGES,

@@ -1,8 +1,7 @@
 """Products of mixed chunk attention over its values: chunk sums, output, and their adjoints, one tile at a time.
 
 The kernels that walk over the tiles are in triton_mixed_chunk_pipeline.py. Tiles know no documents: rows that do not
-read or write have weight 0 in lin_q, lin_k and weights. projection_ptr (2E + S,): the bias that is still to be added to
-uvz, or None.
+read or write have weight 0 in lin_q, lin_k and weights.
 
 Shape letters: N = B·G chunks, C chunk, L width of the linear queries and keys, E values. `attended` is
 weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attended.
@@ -15,17 +14,7 @@ weights · V + lin_q · state with V = SiLU(v), and the output SiLU(u) · attend
 import triton
 import triton.language as tl
 
-from flash_model.ops.triton_math import (
-    activate,
-    dot,
-    gate_backward,
-    gated,
-    load_bias,
-    load_projection,
-    load_rows,
-    silu_derivative,
-    store_rows,
-)
+from flash_model.ops.triton_math import activate, dot, gate_backward, gated, load_rows, silu_derivative, store_rows
 from flash_model.ops.triton_mixed_chunk_heads import document, pair_of_blocks
 
 
@@ -37,7 +26,7 @@ def _rows(ptr, b, t, stride_b, stride_t):
 
 @triton.jit
 def chunk_sums_tile(
-    n, tile, uvz_ptr, projection_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
+    n, tile, uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -52,10 +41,8 @@ def chunk_sums_tile(
     lin_k = lin_k_ptr + chunk * L + step[None, :] * L + feature[:, None]
     pre_activations = _rows(uvz_ptr, b, g * C + step, stride_b, stride_t) + E + column[None, :]
     values = values_ptr + chunk * E + step[:, None] * E + column[None, :]
-    bias = load_bias(projection_ptr, E + column)[None, :]
     for first in tl.range(0, C, STEP, num_stages=STAGES):
-        inside = (g * C + first + step < T)[:, None]
-        v = activate(load_projection(pre_activations, bias, inside, WHOLE), values_ptr.dtype.element_ty)
+        v = activate(load_rows(pre_activations, (g * C + first + step < T)[:, None], WHOLE))
         if block_l == 0:
             tl.store(values, v)
         acc = dot(tl.load(lin_k), v, acc)
@@ -68,8 +55,7 @@ def chunk_sums_tile(
 
 @triton.jit
 def output_tile(
-    n, tile, uvz_ptr, projection_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t,
-    states_b, states_g,
+    n, tile, uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -98,14 +84,12 @@ def output_tile(
     gates = _rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :]
     place = (b.to(tl.int64) * T + t.to(tl.int64))[:, None] * E + column[None, :]
     inside = (t < T)[:, None]
-    u = load_projection(gates, load_bias(projection_ptr, column)[None, :], inside, WHOLE)
-    store_rows(out_ptr + place, gated(u, acc), inside, WHOLE)
+    store_rows(out_ptr + place, gated(load_rows(gates, inside, WHOLE), acc), inside, WHOLE)
 
 
 @triton.jit
 def gate_backward_tile(
-    n, tile, uvz_ptr, projection_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr,
-    grad_states_ptr, partial_ptr,
+    n, tile, uvz_ptr, out_ptr, grad_out_ptr, lin_q_ptr, grad_uvz_ptr, grad_attended_ptr, grad_states_ptr, partial_ptr,
     T, G, stride_b, stride_t,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -122,11 +106,10 @@ def gate_backward_tile(
     acc = tl.zeros([BLOCK_L, BLOCK_E], tl.float32)
     total = tl.zeros([BLOCK_E], tl.float32)
     lin_q = lin_q_ptr + n.to(tl.int64) * C * L + step[None, :] * L + feature[:, None]
-    bias = load_bias(projection_ptr, column)[None, :]
     for first in tl.range(0, C, STEP, num_stages=STAGES):
         t = g * C + first + step
         inside = (t < T)[:, None]
-        u = load_projection(_rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :], bias, inside, WHOLE)
+        u = load_rows(_rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :], inside, WHOLE)
         grad_out = load_rows(_rows(grad_out_ptr, b, t, T * E, E) + column[None, :], inside, WHOLE)
         q = tl.load(lin_q)
         grad_attended = gated(u, grad_out).to(q.dtype)
@@ -148,7 +131,7 @@ def gate_backward_tile(
 
 @triton.jit
 def values_backward_tile(
-    n, tile, uvz_ptr, projection_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
+    n, tile, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, partial_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
@@ -179,8 +162,7 @@ def values_backward_tile(
 
     inside = (t < T)[:, None]
     place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + E + column[None, :]
-    v = load_projection(values, load_bias(projection_ptr, E + column)[None, :], inside, WHOLE)
-    grad_v = acc * silu_derivative(v)
+    grad_v = acc * silu_derivative(load_rows(values, inside, WHOLE))
     if not WHOLE:
         grad_v = tl.where(inside, grad_v, 0.0)
     store_rows(place, grad_v, inside, WHOLE)
@@ -190,20 +172,16 @@ def values_backward_tile(
 
 @triton.jit
 def _contract(
-    x, y, projection_ptr, x_row, T,
+    x, y, x_row, T,
     E: tl.constexpr, SILU: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """X (M, E) · Y (N, E)ᵀ, with bias and SiLU on X; x and y point at their first STEP columns."""
+    """X (M, E) · Y (N, E)ᵀ, with SiLU on X; x and y point at their first STEP columns."""
     acc = tl.zeros([M, N], tl.float32)
-    step = tl.arange(0, STEP)
-    for first in tl.range(0, E, STEP, num_stages=STAGES):
+    for _ in tl.range(0, E, STEP, num_stages=STAGES):
         other = tl.load(y)
         if SILU:
-            values = load_projection(
-                x, load_bias(projection_ptr, E + first + step)[None, :], (x_row < T)[:, None], WHOLE
-            )
-            acc = dot(activate(values, other.dtype), tl.trans(other), acc)
+            acc = dot(activate(load_rows(x, (x_row < T)[:, None], WHOLE)), tl.trans(other), acc)
         else:
             acc = dot(tl.load(x), tl.trans(other), acc)
         x += STEP
@@ -213,7 +191,7 @@ def _contract(
 
 @triton.jit
 def contractions_tile(
-    n, tile, uvz_ptr, projection_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+    n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
@@ -239,7 +217,7 @@ def contractions_tile(
         t_key = g * C + key
         x = _rows(uvz_ptr, b, t_key, stride_b, stride_t) + E + step[None, :]
         y = grad_attended_ptr + (chunk + query)[:, None] * E + step[None, :]
-        grad = _contract(x, y, projection_ptr, t_key, T, E, True, WHOLE, ROWS, ROWS, STEP, STAGES)
+        grad = _contract(x, y, t_key, T, E, True, WHOLE, ROWS, ROWS, STEP, STAGES)
         place = (chunk + key)[:, None] * C + query[None, :]
         if DOCS and not CAUSAL:
             relu = tl.load(relu_ptr + place).to(tl.float32)
@@ -258,21 +236,18 @@ def contractions_tile(
         place_lin = (chunk + row)[:, None] * L + feature[None, :]
         if tile < PAIRS + LINEAR:
             left = grad_attended_ptr + (chunk + row)[:, None] * E + step[None, :]
-            grad_lin_q = _contract(left, states_ptr + state, None, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
+            grad_lin_q = _contract(left, states_ptr + state, row, T, E, False, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
             tl.store(grad_lin_q_ptr + place_lin, grad_lin_q.to(dtype))
         else:
             t = g * C + row
             values = _rows(uvz_ptr, b, t, stride_b, stride_t) + E + step[None, :]
-            grad_lin_k = _contract(
-                values, grad_sums_ptr + state, projection_ptr, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES
-            )  # fmt: skip
+            grad_lin_k = _contract(values, grad_sums_ptr + state, t, T, E, True, WHOLE, ROWS, BLOCK_L, STEP, STAGES)
             tl.store(grad_lin_k_ptr + place_lin, grad_lin_k.to(dtype))
 
 
 @triton.jit
 def products_backward_tile(
-    n, tile, uvz_ptr, projection_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
-    grad_uvz_ptr,
+    n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr, grad_uvz_ptr,
     grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
     T, G, stride_b, stride_t, states_b, states_g,
     E: tl.constexpr, S: tl.constexpr, L: tl.constexpr, C: tl.constexpr, CAUSAL: tl.constexpr, DOCS: tl.constexpr,
@@ -283,13 +258,12 @@ def products_backward_tile(
     CONTRACTIONS: tl.constexpr = TILES - (E // BLOCK_E) * (C // ROWS)
     if tile < CONTRACTIONS:
         contractions_tile(
-            n, tile, uvz_ptr, projection_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
+            n, tile, uvz_ptr, keys_ptr, relu_ptr, doc_ptr, grad_attended_ptr, states_ptr, grad_sums_ptr,
             grad_scores_ptr, grad_weights_ptr, grad_lin_q_ptr, grad_lin_k_ptr, T, G, stride_b, stride_t,
             states_b, states_g, E, L, C, CAUSAL, DOCS, WHOLE, ROWS, BLOCK_L, STEP, STAGES,
         )  # fmt: skip
     else:
         values_backward_tile(
-            n, tile - CONTRACTIONS, uvz_ptr, projection_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr,
-            v_sums_ptr,
+            n, tile - CONTRACTIONS, uvz_ptr, keys_ptr, grad_attended_ptr, grad_sums_ptr, grad_uvz_ptr, v_sums_ptr,
             T, G, stride_b, stride_t, states_b, states_g, E, S, L, C, CAUSAL, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
         )  # fmt: skip

@@ -83,6 +83,9 @@ def test_overview_and_curves(run_dir: Path, ui: str, prepared_data: Path, tmp_pa
     words = " ".join(re.sub(r"<[^>]+>", " ", curves).split())
     for section in ("train (4)", "valid (3)", "perf (3)"):
         assert section in words, section
+    load = rendered(f"{ui}/#/experiments/1/runs/{run_id}/system-metrics", tmp_path / "profile")
+    words = " ".join(re.sub(r"<[^>]+>", " ", load).split())
+    assert "System metrics (9)" in words, words[-2000:]
 
 
 def test_the_data_is_shown_with_its_card_and_picture(

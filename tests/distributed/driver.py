@@ -2,7 +2,8 @@
 
 Started by the deepspeed launcher with a JSON file: a list of {"config", "overrides", "action"}. The action is
 "train" (with "stop_after": steps after which a STOP file appears, and "spoil": what goes wrong in the last process in
-the step that begins with a sample), "gradients" (the first step's, to "output") or "resave" (load the only checkpoint
+the step that begins with a sample; with "out_of_memory" a process has too little in the mock step, and the error's text
+goes to "message"), "gradients" (the first step's, to "output") or "resave" (load the only checkpoint
 of the run "source", save it into the folder "output").
 """
 
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,6 +28,7 @@ from launch.engine import Processes, build_engine, start_processes  # noqa: E402
 from launch.evaluate import to_device  # noqa: E402
 from launch.saving import CheckpointSaver  # noqa: E402
 from launch.trainer import open_datasets, open_steps, open_stream, train  # noqa: E402
+from pipeline.errors import USER_ERROR_EXIT, UserError  # noqa: E402
 from pipeline.prefetch import Step, StepLoader  # noqa: E402
 
 
@@ -46,13 +48,30 @@ def main() -> int:
             continue
         if processes.rank == 0 and "stop_after" in case:
             threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
-        with spoilt(case.get("spoil", {}), processes):
-            statuses.append(train(config, processes))
+        with spoilt(case.get("spoil", {}), processes), out_of_memory(case.get("out_of_memory", False), processes):
+            try:
+                statuses.append(train(config, processes))
+            except UserError as error:
+                if processes.rank == 0:
+                    Path(case["message"]).write_text(str(error))
+                statuses.append(USER_ERROR_EXIT)
         assert "prefetch" not in [thread.name for thread in threading.enumerate()], "a thread outlived its run"
     if processes.rank == 0:
         spec.with_suffix(".statuses").write_text(json.dumps(statuses))
     processes.leave()
     return 0
+
+
+@contextmanager
+def out_of_memory(wanted: bool, processes: Processes) -> Iterator[None]:
+    """Let the last process run out of memory in the mock step."""
+
+    def fail(config: RunConfig, engine: Any, processes: Processes) -> None:
+        if processes.rank == processes.world_size - 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 1 has …")
+
+    with mock.patch.object(trainer, "take_mock_step", fail) if wanted else nullcontext():
+        yield
 
 
 def stop_after(run_dir: Path, steps: int) -> None:

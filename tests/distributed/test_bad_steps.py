@@ -32,7 +32,7 @@ def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_facto
             "bad_steps.spike_threshold=10",
             "bad_steps.spike_window=4",
             *extra,
-            *(["deepspeed.zero_optimization.offload_optimizer.device=cpu"] if "offload" in precision else []),
+            *(["train.offload=all" if stage == 3 else "train.offload=optimizer"] if "offload" in precision else []),
         ]
         return {"config": str(run_config), "overrides": overrides, "action": "train", "spoil": BAD}
 

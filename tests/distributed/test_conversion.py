@@ -17,14 +17,17 @@ STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
 KINDS = [(precision, stage) for precision, stages in STAGES.items() for stage in stages]
 PAIRS = [(p, old, new) for p, stages in STAGES.items() for old, new in itertools.product(stages, repeat=2)]
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-3}
-# Other layouts of the same stage: (precision, stage, settings of zero_optimization).
+ZERO = "deepspeed.zero_optimization"
+# Other layouts of the same stage: (precision, stage, setting).
 LAYOUTS = {
-    "sub-groups": ("fp32", 3, "sub_group_size=5000"),
-    "persistent": ("bf16", 3, "stage3_param_persistence_threshold=1000000"),
-    "round-robin": ("fp32", 2, "round_robin_gradients=true"),
-    "aligned": ("fp32", 1, "parameter_alignment=true"),
-    "offloaded": ("bf16", 1, "offload_optimizer.device=cpu"),
+    "sub-groups": ("fp32", 3, f"{ZERO}.sub_group_size=5000"),
+    "persistent": ("bf16", 3, f"{ZERO}.stage3_param_persistence_threshold=1000000"),
+    "round-robin": ("fp32", 2, f"{ZERO}.round_robin_gradients=true"),
+    "aligned": ("fp32", 1, f"{ZERO}.parameter_alignment=true"),
+    "offloaded": ("bf16", 1, "train.offload=optimizer"),
+    "all-offloaded": ("bf16", 3, "train.offload=all"),
 }
+SAME = ("persistent", "all-offloaded")  # parameters lie in the same places, on another device or whole
 
 
 def after(precision: str, stage: int, steps: int) -> int:
@@ -55,7 +58,6 @@ def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_facto
             cases.append(resave(output, source.format(precision, old), precision, new))
         for name, (precision, stage, setting) in LAYOUTS.items():
             there, back = f"{name}-by-{processes}", f"{name}-back-by-{processes}"
-            setting = f"deepspeed.zero_optimization.{setting}"
             cases.append(resave(f"{there}/checkpoints", source.format(precision, stage), precision, stage, setting))
             cases.append(resave(f"{back}/checkpoints", there, precision, stage))
         return cases
@@ -147,7 +149,7 @@ def test_other_layouts_of_a_stage(folder: Path, layout: str, processes: int) -> 
     expected = records(folder / f"{precision}-{stage}-cut")
     layouts = [manifest_of(folder / f"{name}-by-{processes}")["layout"] for name in (layout, f"{layout}-back")]
     # A process alone has whole parameters anyway, in the order that it had.
-    assert layouts[0] != layouts[1] or (processes == 1 and layout == "round-robin") or layout == "persistent"
+    assert layouts[0] != layouts[1] or (processes == 1 and layout == "round-robin") or layout in SAME
     for saved in (f"{layout}-by-{processes}", f"{layout}-back-by-{processes}"):
         assert_equal(records(folder / saved), expected)
 

@@ -60,7 +60,11 @@ def folder(
     more = [train(f"compiled-{stage}", stage, *compiled) for stage in COMPILED_STAGES]
     more += [train(f"seen-{stage}", stage, *SEEN) for stage in SEEN_STAGES]
     run_cases(folder, [gradient(1), train("one", 1)], 1)
-    run_cases(folder, [gradient(2), *(train(f"two-{stage}", stage) for stage in STAGES), *more], 2)
+    again = ["train.compile=true", "train.activation_checkpointing=all", "train.mock_step=true"]
+    recomputed = [train("recomputed-3", 3, "train.activation_checkpointing=[1]"), train("again", 3, *again)]
+    two = [train(f"two-{stage}", stage) for stage in STAGES]
+    offloaded = [train("offloaded", 3, "train.offload=all")]
+    run_cases(folder, [gradient(2), *two, *more, *recomputed, *offloaded], 2)
     run_cases(folder, [gradient(4)], 4)
     return folder
 
@@ -84,6 +88,24 @@ def test_a_compiled_run_loses_what_an_uncompiled_one_loses(
     eager, compiled = folder / f"two-{stage}", folder / f"compiled-{stage}"
     for name in ("train/loss", "train/grad_norm", "valid/loss"):
         assert metric(compiled, name) == pytest.approx(metric(eager, name), rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("recomputed-3", "two-3"), ("again", "compiled-3")],
+)
+def test_recomputed_layers_change_no_bit(
+    folder: Path, metric: Callable[[Path, str], dict[int, float]], name: str, plain: str
+) -> None:
+    for what in ("train/loss", "train/grad_norm", "valid/loss"):
+        assert metric(folder / name, what) == metric(folder / plain, what), what
+
+
+def test_an_offloaded_run_loses_what_another_one_loses(
+    folder: Path, metric: Callable[[Path, str], dict[int, float]]
+) -> None:
+    for name in ("train/loss", "train/grad_norm", "valid/loss"):
+        assert metric(folder / "offloaded", name) == pytest.approx(metric(folder / "two-3", name), rel=1e-5), name
 
 
 def test_gradient_norms_agree_over_stages(folder: Path, metric: Callable[[Path, str], dict[int, float]]) -> None:

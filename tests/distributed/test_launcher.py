@@ -91,6 +91,11 @@ def steps_recorded(run_dir: Path) -> int:
     return metrics.read_text().count('"train/loss"') if metrics.exists() else 0
 
 
+def last_status(run_dir: Path) -> str:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [str(record["status"]) for record in records if "status" in record][-1]
+
+
 def newest_manifest(run_dir: Path) -> dict[str, int]:
     name = (run_dir / "checkpoints/latest").read_text().strip()
     manifest: dict[str, int] = json.loads((run_dir / "checkpoints" / name / "manifest.json").read_text())
@@ -154,6 +159,7 @@ def test_a_process_that_hangs_ends_the_job_with_its_phase_and_everyones_stacks(
     stacks = dict(re.findall(r"rank (\d) .* in phase (\w+), its threads:\n", output))
     assert stacks == {"0": "backward", "1": "forward"}
     assert re.search(r'driver.py", line \d+ in spoil', output)
+    assert last_status(tmp_path / "run") == "FAILED"
     assert no_process_left(processes)
 
 
@@ -209,4 +215,6 @@ def test_a_process_that_is_killed_ends_the_job_at_once_with_its_name(
     assert job.returncode not in (0, 2, 70, 75), output
     assert f"error: rank {rank} (pid {victim.pid} on " in output
     assert "is gone: killed" in output
+    # The first process cannot say how it ended; then its sender does.
+    assert last_status(tmp_path / "run") == ("FAILED" if rank else "RUNNING")
     assert no_process_left(processes)

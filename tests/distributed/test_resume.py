@@ -8,32 +8,41 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-STAGES = (0, 1, 2, 3)
+BF16 = ("train.precision=bf16",)
+KINDS: dict[str, tuple[str, ...]] = {
+    **{str(stage): (f"train.zero_stage={stage}",) for stage in (0, 1, 2, 3)},
+    "1-offloaded": ("train.zero_stage=1", "train.offload=optimizer", *BF16),
+    "2-offloaded": ("train.zero_stage=2", "train.offload=optimizer", "train.activation_checkpointing=2", *BF16),
+    "3-all-offloaded": ("train.zero_stage=3", "train.offload=all", "train.activation_checkpointing=all", *BF16),
+}
 
 
 @pytest.fixture(scope="module")
 def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each stage a run of 8 steps, and one that is stopped after 3 and continued in another launch."""
+    """For each kind a run of 8 steps, and one that is stopped after 3 and continued in another launch.
+
+    Those that are stopped begin with a step on made-up tokens, which leaves no trace.
+    """
     folder = tmp_path_factory.mktemp("resume")
 
-    def case(name: str, stage: int, *extra: str, **more: Any) -> dict[str, Any]:
-        overrides = [f"run.dir={folder / name}", f"train.zero_stage={stage}", *extra]
+    def case(name: str, kind: str, *extra: str, **more: Any) -> dict[str, Any]:
+        overrides = [f"run.dir={folder / name}-{kind}", *KINDS[kind], *extra]
         return {"config": str(run_config), "overrides": overrides, "action": "train", **more}
 
-    first = [case(f"whole-{stage}", stage) for stage in STAGES]
-    first += [case(f"cut-{stage}", stage, stop_after=3) for stage in STAGES]
-    assert run_cases(folder, first, 2) == [0] * 4 + [75] * 4
-    for stage in STAGES:
-        assert not (folder / f"cut-{stage}" / "DONE").exists()
-    assert run_cases(folder, [case(f"cut-{stage}", stage, "run.resume=must") for stage in STAGES], 2) == [0] * 4
+    first = [case("whole", kind) for kind in KINDS]
+    mock = "train.mock_step=true"
+    first += [case("cut", kind, mock, stop_after=3) for kind in KINDS]
+    first.append(case("small", "1", mock, out_of_memory=True, message=str(folder / "message")))
+    assert run_cases(folder, first, 2) == [0] * len(KINDS) + [75] * len(KINDS) + [2]
+    for kind in KINDS:
+        assert not (folder / f"cut-{kind}" / "DONE").exists()
+    assert run_cases(folder, [case("cut", kind, mock, "run.resume=must") for kind in KINDS], 2) == [0] * len(KINDS)
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_cut_run_equals_a_whole_one(
-    folder: Path, metric: Callable[[Path, str], dict[int, float]], stage: int
-) -> None:
-    whole, cut = folder / f"whole-{stage}", folder / f"cut-{stage}"
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_run_equals_a_whole_one(folder: Path, metric: Callable[[Path, str], dict[int, float]], kind: str) -> None:
+    whole, cut = folder / f"whole-{kind}", folder / f"cut-{kind}"
     assert (cut / "DONE").read_text() == (whole / "DONE").read_text()
     attempts = [line for line in (cut / "metrics.jsonl").read_text().splitlines() if '"attempt": 1' in line]
     assert any('"train/loss"' in line for line in attempts), "the second launch had nothing left to do"
@@ -44,9 +53,9 @@ def test_a_cut_run_equals_a_whole_one(
         assert torch.equal(weights[name], tensor), name
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_optimizer_states_are_equal_too(folder: Path, stage: int) -> None:
-    whole, cut = (folder / f"{kind}-{stage}" / "checkpoints/step-00000008/deepspeed" for kind in ("whole", "cut"))
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizer_states_are_equal_too(folder: Path, kind: str) -> None:
+    whole, cut = (folder / f"{name}-{kind}" / "checkpoints/step-00000008/deepspeed" for name in ("whole", "cut"))
     files = sorted(path.name for path in whole.glob("*.pt"))
     compared = 0
     for file in files:
@@ -58,6 +67,20 @@ def test_optimizer_states_are_equal_too(folder: Path, stage: int) -> None:
                 assert torch.equal(tensors[name], tensor), f"{file} {name}"
                 compared += "exp_avg" in name
     assert compared >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_numbers_go_on_as_without_a_mock_step(folder: Path, kind: str) -> None:
+    states = [
+        torch.load(folder / f"{n}-{kind}/checkpoints/step-00000008/rng/rank-0.pt", weights_only=False)["torch"]
+        for n in ("whole", "cut")
+    ]
+    assert torch.equal(*states)
+
+
+def test_too_little_memory_in_one_process_is_found_before_the_run_exists(folder: Path) -> None:
+    assert "asked for 3.00 GiB" in (folder / "message").read_text()
+    assert not (folder / "small-1").exists()
 
 
 def tensors_of(value: Any, name: str = "") -> Any:

@@ -190,16 +190,3 @@ def test_wrong_arguments_are_named(named: str, change: dict[str, Any]) -> None:
 def test_wrong_arguments_of_the_quadratic_op_are_named(named: str, change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=named):
         quadratic_attention(**{**tensors(heads=2, extent=16), "norm_length": T, **change})
-
-
-@pytest.mark.parametrize("T", [11, 12])
-def test_the_projections_bias_is_added_to_uvz(T: int) -> None:
-    given = {name: x.double().requires_grad_() for name, x in tensors(T=T).items()}
-    bias = torch.linspace(-1, 1, 2 * E + S, dtype=torch.float64, requires_grad=True)
-    whole = given | {"uvz": given["uvz"] + bias}
-    results = []
-    for arguments, apart in ((given, bias), (whole, None)):
-        out = mixed_chunk_attention(**arguments, chunk_size=C, projection_bias=apart)
-        results.append([out, *torch.autograd.grad(out.square().sum(), [given["uvz"], bias], retain_graph=True)])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)

@@ -23,9 +23,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.5e-2}  # casts to bfloat16 t
 
 CASES = [
     (Case(64, 64, 300, chunk=128), torch.float32),
-    (Case(64, 64, 300, chunk=128, bias_apart=True), torch.float32),
-    (Case(192, 64, 300, 2, chunk=128, causal=False, documents=True, bias_apart=True), torch.float32),
-    (Case(64, 64, 256, 2, 128, bias_apart=True), torch.bfloat16),
     (Case(64, 64, 300, 2, 128, documents=True, state=True), torch.float32),
     (Case(64, 64, 256, 2, 128, documents=True, state=True), torch.float32),
     (Case(64, 128, 257, chunk=128, causal=False), torch.float32),

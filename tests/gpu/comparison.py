@@ -27,12 +27,9 @@ class Case:
     state: bool = False
     wide_parameters: bool = False
     """gamma, beta and bias are float32 beside a bfloat16 uvz."""
-    bias_apart: bool = False
-    """The projection's bias is not in uvz yet."""
 
     def __str__(self) -> str:
-        options = ("documents", "state", "wide_parameters", "bias_apart")
-        marks = [name for name in options if getattr(self, name)]
+        marks = [name for name in ("documents", "state", "wide_parameters") if getattr(self, name)]
         direction = "causal" if self.causal else "bidirectional"
         return "-".join([f"C{self.chunk or ''}S{self.S}E{self.E}T{self.T}B{self.B}", direction, *marks])
 
@@ -97,8 +94,6 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     }
     if case.wide_parameters:  # of bfloat16's precision, so that plain torch loses nothing by rounding them
         tensors |= {name: tensors[name].to(dtype).float() for name in ("gamma", "beta", "bias")}
-    if case.bias_apart:
-        tensors["projection_bias"] = 0.5 * normal(2 * E + S)
     documents = draw_documents(case, host) if case.documents else None
     options: dict[str, Any] = {"causal": case.causal, "doc_ids": documents, "start": case.start}
     options |= {"norm_length": norm} if case.chunk is None else {"chunk_size": case.chunk}

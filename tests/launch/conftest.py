@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from launch.checkpoint import seal_manifest
-from launch.engine import Processes
+from launch.engine import Alone, Processes
 from pipeline.atomic import hash_file
 
 RIGHT: dict[str, Any] = {
@@ -56,19 +55,6 @@ def written_checkpoint(directory: Path, step: int, run_uid: str = "this", attemp
 def write_checkpoint() -> Callable[..., Path]:
     """Write a checkpoint of a step, with files and manifest as they should be but nothing of a model in them."""
     return written_checkpoint
-
-
-class Alone(Processes):
-    """One process without a process group."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1, torch.device("cpu"), None)
-
-    def once(self, action: Callable[[], Any]) -> Any:
-        return action()
-
-    def gather(self, value: Any) -> list[Any]:
-        return [value]
 
 
 @pytest.fixture

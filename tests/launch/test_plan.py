@@ -14,7 +14,6 @@ import torch
 
 from flash_model.lm import build_model
 from launch.config import load_run_config
-from launch.memory import estimate_memory
 from launch.plan import plan_lines
 from launch.trainer import open_datasets
 from pipeline.errors import UserError
@@ -97,10 +96,32 @@ def test_a_plan_for_devices_that_do_not_divide_is_refused(write_config: Callable
         list(plan_lines(load_run_config(write_config()), devices=3, memory_gib=None, peak_tflops=None))
 
 
-def test_zero_stages_cut_what_they_say(write_config: Callable[..., Path]) -> None:
-    config = load_run_config(write_config(), ["train.precision=bf16"])
-    parameters = sum(p.numel() for p in build_model(config.model, device="meta").parameters())
-    parts = [estimate_memory(config, 4, stage) for stage in range(4)]
-    assert [p.weights for p in parts] == [2 * parameters] * 3 + [parameters / 2]
-    assert [p.optimizer for p in parts] == [12 * parameters] + [3 * parameters] * 3
-    assert parts[1].gradients == parts[0].gradients == 4 * parts[2].gradients
+def test_the_plan_says_what_would_fit(write_config: Callable[..., Path]) -> None:
+    config = load_run_config(write_config(), ["train.precision=bf16", "train.offload=optimizer"])
+    lines = list(plan_lines(config, devices=2, memory_gib=1.1, peak_tflops=None))
+    (configured,) = [line for line in lines if "← configured" in line]
+    assert configured.endswith("does not fit 1.1 GiB")
+    assert any("GiB of the host's memory" in line for line in lines)
+    advice = lines[next(number for number, line in enumerate(lines) if "to fit 1.1 GiB" in line) + 1]
+    assert advice.strip() == "nothing: a smaller model or data.seq_len"
+    tight = load_run_config(ROOT / "configs/pg19/flash-8k.yaml", ["train.micro_batch=8"])
+    lines = list(plan_lines(tight, devices=4, memory_gib=80.0, peak_tflops=None))
+    after = lines[next(number for number, line in enumerate(lines) if "to fit 80 GiB" in line) + 1 :]
+    assert after[0].strip().startswith("train.activation_checkpointing=4 (")
+    assert after[1].strip().startswith("train.micro_batch=4 (")
+
+
+def test_the_plan_checks_where_weights_come_from_and_copies_go(
+    write_config: Callable[..., Path], write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    def plan(*overrides: str) -> None:
+        list(plan_lines(load_run_config(write_config(), overrides), devices=1, memory_gib=None, peak_tflops=None))
+
+    with pytest.raises(UserError, match=r"run\.init_from: .*manifest\.json is missing or damaged"):
+        plan(f"run.init_from={tmp_path / 'nothing'}")
+    checkpoint = write_checkpoint(tmp_path, 1)
+    (checkpoint / "latest").write_bytes(b"other")
+    with pytest.raises(UserError, match=r"run\.init_from: .*latest has"):
+        plan(f"run.init_from={checkpoint}")
+    with pytest.raises(UserError, match=r"checkpoint\.copy_to: .* is where the run keeps its checkpoints"):
+        plan(f"checkpoint.copy_to={Path.cwd() / 'runs/test/checkpoints'}")

@@ -3,14 +3,10 @@
 import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,11 @@ import pytest
 
 from launch.bad_steps import bad_step_record
 from launch.config import RunConfig, load_run_config
-from launch.datasets_used import dataset_facts
-from launch.engine import free_port
 from launch.replay import Sender
 from launch.rollback import Rollback, carry_out
 from launch.run_directory import RunDirectory
 from launch.tracking import Tracker, last_attempt, run_facts
-from pipeline.shards import TokenDataset
+from tests.launch.mlflow_server import wait_for
 
 DIGEST = "0123456789abcdef" * 4
 GONE = {
@@ -70,6 +64,13 @@ def history(directory: RunDirectory, name: str) -> list[tuple[int, float]]:
     state = json.loads(directory.tracking.read_text())
     found = MlflowClient(tracking_uri=state["uri"]).get_metric_history(state["run_id"], name)
     return sorted((metric.step, metric.value) for metric in found)
+
+
+def parent_steps(directory: RunDirectory, run_id: str, name: str) -> list[int]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=json.loads(directory.tracking.read_text())["uri"])
+    return sorted(metric.step for metric in client.get_metric_history(run_id, name))
 
 
 def stored_run(directory: RunDirectory) -> Any:
@@ -125,21 +126,36 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
 
 
 def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:
+    directory.system.mkdir()
+
+    def sample(attempt: int, step: int) -> None:
+        record = {"time": 1e9 + step, "attempt": attempt, "step": step, "metrics": {"system/load": float(step)}}
+        with open(directory.system / "node-0.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
     tracker = Tracker(directory, quiet(config), attempt=0)
     tracker.log(1, {"train/loss": 1.0})
     tracker.log(2, {"train/loss": 2.0})
     tracker.bad_step(3, bad_step_record("loss nan", [16, 17], math.nan, {"norm": math.nan}, skipped=False))
     tracker.close("FAILED")
+    sample(0, 0)
     Sender(directory).send_new()
+    sample(0, 1)
     parent = stored_run(directory)
+    assert tracker.run_id == parent.info.run_id
     assert json.loads(parent.data.tags["bad_step.3"])["samples"] == [16, 17]
 
     carry_out(directory, Rollback(0, "step-00000001", 1, (3,), ((16, 18),)))
     tracker = Tracker(directory, quiet(config), attempt=1)
+    assert tracker.run_id is None, "checkpoints of the child would name its parent"
     tracker.log(2, {"train/loss": 20.0})
     tracker.close("FINISHED")
+    sample(1, 2)
     Sender(directory).send_new()
     child = stored_run(directory)
+    assert tracker.run_id == child.info.run_id != parent.info.run_id
+    assert history(directory, "system/load") == [(2, 2.0)]
+    assert parent_steps(directory, parent.info.run_id, "system/load") == [0, 1]
     tags = child.data.tags
     assert tags["mlflow.parentRunId"] == parent.info.run_id
     assert (tags["rollback.step"], tags["rollback.samples"]) == ("1", "16–17")
@@ -178,6 +194,9 @@ def test_a_sender_that_died_after_sending_sends_nothing_twice(config: RunConfig,
     Sender(directory).send_new()
     state = json.loads(directory.tracking.read_text())
     directory.tracking.write_text(json.dumps({"uri": state["uri"], "offset": 0}))
+    facts = json.loads(directory.facts.read_text())
+    facts["parameters"]["train.tokens"] = "changed by a restart"
+    directory.facts.write_text(json.dumps(facts))
     sender = Sender(directory)
     sender.send_new()
     assert json.loads(directory.tracking.read_text())["run_id"] == state["run_id"]
@@ -188,86 +207,25 @@ def test_a_sender_that_died_after_sending_sends_nothing_twice(config: RunConfig,
 def test_a_run_that_is_killed_ends_as_killed(config: RunConfig, directory: RunDirectory, tmp_path: Path) -> None:
     code = f"""
 import os, signal, sys
+import time
 from launch.config import load_run_config
 from launch.run_directory import RunDirectory
-from launch.tracking import Tracker
-config = load_run_config({str(tmp_path / "run.yaml")!r})
-tracker = Tracker(RunDirectory(config.run.dir), config, 0)
+from launch.tracking import NodeSampler, Tracker
+from launch.engine import Alone
+config = load_run_config({str(tmp_path / "run.yaml")!r}, ["tracking.system_metrics_seconds=0.1"])
+directory = RunDirectory(config.run.dir)
+tracker, sampler = Tracker(directory, config, 0), NodeSampler(directory, config, 0, Alone())
 tracker.log(1, {{"train/loss": 5.0}})
+time.sleep(1)  # a step that hangs
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    environment = os.environ | {"LOCAL_RANK": "0"}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env=environment)
     assert killed.returncode == -signal.SIGKILL
     wait_for(lambda: directory.tracking.exists() and stored_run(directory).info.status == "KILLED", 90)
     assert history(directory, "train/loss") == [(1, 5.0)]
-
-
-def test_a_server_that_is_dead_loses_nothing(
-    write_config: Callable[..., Path], prepared_data: Path, tmp_path: Path
-) -> None:
-    """Dead when the run starts, killed while it goes on, back before it ends: the sender process sees it through.
-
-    The data is deleted before a server was there.
-    """
-    from mlflow import MlflowClient
-
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
-    config = load_run_config(write_config(run={"dir": str(tmp_path / "run")}, tracking={"uri": uri}))
-    data = tmp_path / "data"
-    shutil.copytree(prepared_data, data)
-    directory = open_directory(config, dataset_facts("training", TokenDataset.open(data, "train")))
-    began = time.monotonic()
-    tracker = Tracker(directory, config, attempt=0)
-    tracker.log(1, {"train/loss": 1.0})
-    assert time.monotonic() - began < 5, "the trainer waited for the server"
-    wait_for(lambda: "did not take the records" in (directory.path / "replay.log").read_text(), 90)
-    shutil.rmtree(data)
-    with server(tmp_path, port):
-        wait_for(lambda: directory.tracking.exists() and history(directory, "train/loss") == [(1, 1.0)], 90)
-    tracker.log(2, {"train/loss": 2.0})
-    time.sleep(2)
-    with server(tmp_path, port):
-        tracker.log(3, {"train/loss": 3.0})
-        assert tracker.close("FINISHED") is None
-        assert history(directory, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
-        run = stored_run(directory)
-        assert run.info.status == "FINISHED"
-        assert json.loads(run.inputs.dataset_inputs[0].dataset.profile)["documents"] > 0
-        sent = MlflowClient(tracking_uri=uri).list_artifacts(run.info.run_id, "data/data")
-        assert {artifact.path for artifact in sent} == {"data/data/card.md", "data/data/figure.png"}
-
-
-@contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    """A real MLflow server over a store in `folder`, ended by SIGKILL."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder / 'server.db'}",
-        "--artifacts-destination",
-        str(folder / "art"),
-    ]
-    with open(folder / "server.log", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    try:
-        wait_for(lambda: answers(port), 120)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.3)
+    samples = [json.loads(line) for line in (directory.system / "node-0.jsonl").read_text().splitlines()]
+    assert len(samples) > 5, "the load of a trainer that hangs was not sampled"
+    name = "system/system_memory_usage_percentage"
+    assert history(directory, name) == [(sample["step"], sample["metrics"][name]) for sample in samples]
+    assert abs(stored_run(directory).info.end_time / 1000 - samples[-1]["time"]) < 1

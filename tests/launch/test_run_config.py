@@ -9,6 +9,7 @@ import yaml
 
 from launch.config import accumulation_steps, component_name, load_run_config
 from launch.deepspeed_config import deepspeed_config
+from pipeline.credentials import redact
 from pipeline.errors import UserError
 from pipeline.masking import MaskedLM
 
@@ -114,3 +115,34 @@ def test_a_mixture_comes_back_from_what_a_run_writes(write_config: WriteConfig, 
 def test_a_window_longer_than_flash_quad_reads(write_config: WriteConfig) -> None:
     with pytest.raises(UserError, match=r"model\.norm_length: 32 is shorter than data\.seq_len 64"):
         load_run_config(write_config(model={"architecture": "flash_quad", "norm_length": 32}))
+
+
+def test_passwords_are_refused_and_not_shown(write_config: WriteConfig) -> None:
+    path = write_config(
+        tracking={"uri": "https://me:s3cret@host:5000/x"},
+        checkpoint={"copy_to": "s3://bucket/x?access_key=s3cret"},
+        deepspeed={"wall_clock_breakdown": False},
+    )
+    with pytest.raises(UserError) as caught:
+        load_run_config(path)
+    message = str(caught.value)
+    assert "tracking.uri: https://***@host:5000/x: holds a password or token" in message
+    assert "checkpoint.copy_to: s3://bucket/x?access_key=***: holds" in message
+    assert "s3cret" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgresql://me:s3cret@host/mlflow", "postgresql://***@host/mlflow"),
+        ("https://s3cret@host/a", "https://***@host/a"),
+        ("see http://a:b@h and s3://k:v@bucket/x", "see http://***@h and s3://***@bucket/x"),
+        ("https://host/f?sv=1&sig=s3cret&x=2", "https://host/f?sv=1&sig=***&x=2"),
+        ("abfs://container@account.dfs.core.windows.net/a", None),
+        ("sftp://me@host/a", None),
+        ("http://127.0.0.1:5000", None),
+        ("sqlite:////runs/a@b/mlflow.db", None),
+    ],
+)
+def test_what_counts_as_a_password(text: str, shown: str | None) -> None:
+    assert redact(text) == (shown or text)

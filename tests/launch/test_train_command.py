@@ -177,6 +177,8 @@ def test_damage_that_shows_while_reading_ends_the_run(config: Path, prepared_dat
     done = train(config, f"data.path={tmp_path / 'data'}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.split("error: ")[-1] == f"{index}: not an index of Megatron's version 1\n"
+    last = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["status"] == "FAILED"
 
 
 def test_a_manifest_holds_what_conversion_needs(finished: Path) -> None:
