@@ -90,15 +90,17 @@ def test_a_compiled_run_loses_what_an_uncompiled_one_loses(
         assert metric(compiled, name) == pytest.approx(metric(eager, name), rel=1e-5), name
 
 
-@pytest.mark.parametrize(
-    ("name", "plain"),
-    [("recomputed-3", "two-3"), ("again", "compiled-3")],
-)
-def test_recomputed_layers_change_no_bit(
-    folder: Path, metric: Callable[[Path, str], dict[int, float]], name: str, plain: str
+def test_recomputed_layers_change_no_bit(folder: Path, metric: Callable[[Path, str], dict[int, float]]) -> None:
+    for name in ("train/loss", "train/grad_norm", "valid/loss"):
+        assert metric(folder / "recomputed-3", name) == metric(folder / "two-3", name), name
+
+
+def test_compiled_ones_and_a_mock_step_change_rounding_at_most(
+    folder: Path, metric: Callable[[Path, str], dict[int, float]]
 ) -> None:
-    for what in ("train/loss", "train/grad_norm", "valid/loss"):
-        assert metric(folder / name, what) == metric(folder / plain, what), what
+    """What enters a recomputed layer is added up outside of its graph."""
+    for name in ("train/loss", "train/grad_norm", "valid/loss"):
+        assert metric(folder / "again", name) == pytest.approx(metric(folder / "compiled-3", name), rel=1e-5), name
 
 
 def test_an_offloaded_run_loses_what_another_one_loses(
