@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import machine_lines, markdown_table, number
+from benchmarks.soak import soak_report
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], group: str, context: int) -> Mapping[str, Any] | None:
@@ -207,7 +208,13 @@ def memory_report(document: Mapping[str, Any]) -> str:
     return "\n\n".join([title, "\n".join(machine_lines(document["machine"])), markdown_table(header, cells)])
 
 
-REPORTS = {"step": step_report, "op": op_report, "memory": memory_report, "tracking": tracking_report}
+REPORTS = {
+    "step": step_report,
+    "op": op_report,
+    "memory": memory_report,
+    "tracking": tracking_report,
+    "soak": soak_report,
+}
 
 
 def main() -> int:
