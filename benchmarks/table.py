@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.loop_table import loop_report
 from benchmarks.report import machine_lines, markdown_table, number
+from benchmarks.soak import soak_report
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], group: str, context: int) -> Mapping[str, Any] | None:
@@ -214,6 +215,7 @@ REPORTS = {
     "loop": loop_report,
     "memory": memory_report,
     "tracking": tracking_report,
+    "soak": soak_report,
 }
 
 

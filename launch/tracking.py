@@ -11,10 +11,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from launch.bad_steps import sample_ranges
 from launch.config import RunConfig
 from launch.engine import Processes
 from launch.records import drop_torn_line, last_record
@@ -43,9 +45,10 @@ class Tracker:
             arguments = [str(directory.path), "--follow", str(os.getpid()), "--attempt", str(attempt)]
             self._sender = _start("launch.replay", arguments, directory, {"CUDA_VISIBLE_DEVICES": ""})
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record `metrics` of `step`."""
-        self._write({"step": step, "metrics": metrics})
+    def log(self, step: int, metrics: dict[str, float], samples: Sequence[int] | None = None) -> None:
+        """Record `metrics` of `step`, and with it, in metrics.jsonl alone, the samples that it was trained on."""
+        record: dict[str, Any] = {"step": step, "metrics": metrics}
+        self._write(record if samples is None else record | {"samples": sample_ranges(samples)})
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Record that the checkpoint of `step` lies at `path`."""

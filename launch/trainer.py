@@ -266,7 +266,7 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
                 if skipped := history.counted(progress.step, config.bad_steps):
                     metrics["train/skipped_steps"] = len(skipped)
                 logged = progress.step % config.train.log_every == 0 or last
-                tracker.log(progress.step, metrics)
+                tracker.log(progress.step, metrics, step.samples)
                 if (logged or progress.step == 1) and fault is None:
                     say(progress_line(config, progress.step, metrics, pace))
             if last or _passed(config.evaluate.every_tokens, tokens_before, progress.tokens):
