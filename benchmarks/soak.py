@@ -322,7 +322,7 @@ def soak_report(document: Mapping[str, Any]) -> str:
     cells = [[v["name"], "holds" if v["passed"] else "FAILS", v["found"]] for v in document["verdicts"]]
     figures, machine = document["figures"], document["machine"]
     parts = [
-        f"Soak, {document['kind']}, seed {document['seed']}: {figures['faults']} faults in {figures['minutes']:.0f} min",
+        f"Soak, {document['kind']}, seed {document['seed']}: {figures['faults']} faults, {figures['minutes']:.0f} min",
         f"{machine['device']}; torch {machine['torch']}; {machine['date']}, commit {machine['commit'] or 'unknown'}",
         faults,
         markdown_table(["verdict", "", "found"], cells),
