@@ -41,14 +41,12 @@ Kind = Literal["same", "changing"]
 SAMPLES_PER_STEP = 8
 TOLERANCE: dict[Kind, float] = {"same": 0.0, "changing": 1e-3}
 SHAPES = [(processes, stage) for processes in (1, 2, 4) for stage in (0, 1, 2, 3)]
-UNDISTURBED: dict[Kind, tuple[int, int]] = {"same": (2, 2), "changing": (2, 1)}
+UNDISTURBED: dict[Kind, tuple[int, int]] = {"same": (2, 2), "changing": (1, 0)}
 """Processes and ZeRO stage of the undisturbed run; of the other one, too, where they stay the same."""
 SHARE = 0.68
 """Of the time, for faults; the rest is for the end and the undisturbed run."""
-TRAINING_SECONDS, STARTING_SECONDS, SAVING_SECONDS = 12.0, 9.0, 0.3
-"""How long after the first step, the start, or the beginning of a checkpoint a fault comes at most."""
-LATE_SECONDS = 12.0
-"""How long a disk stays full at most once the run has ended of it."""
+STARTING_SECONDS, SAVING_SECONDS = 9.0, 0.3
+"""How long after the start, or the beginning of a checkpoint, a fault comes at most."""
 AGAIN_SECONDS, NEVER_SECONDS = 2.0, 3600.0
 """When the supervisor starts the run again; where its shape changes, the soak does before that."""
 STEPS_TO_GO = 25
@@ -67,6 +65,7 @@ class Soak:
         seed: int,
         data: Path,
         with_server: bool,
+        pause: float,
         results: Callable[[list[dict[str, Any]]], None],
     ) -> None:
         self.kind, self.chance = kind, random.Random(seed)
@@ -74,7 +73,7 @@ class Soak:
         self.orphans: list[str] = []
         self.unexpected: list[str] = []
         self.began = time.monotonic()
-        self._folder, self._results = folder, results
+        self._folder, self._pause, self._results = folder, pause, results
         self._pending: list[dict[str, Any]] = []
         self._damaged: list[str] = []
         self._shapes: list[tuple[int, int]] = []
@@ -163,7 +162,8 @@ class Soak:
     def _endure(self, fault: Fault, *, last: bool = False) -> None:
         moment = "training" if last else self.chance.choice(fault.moments)
         if moment == "starting":
-            self._pass(self.chance.uniform(0, max(self._run.started + STARTING_SECONDS - time.monotonic(), 0)))
+            latest = self._run.started + STARTING_SECONDS
+            time.sleep(self.chance.uniform(0, max(latest - time.monotonic(), 0)))
         else:
             self._recover()
             self._choose_moment(fault, moment)
@@ -178,7 +178,7 @@ class Soak:
         self._pending.append(event)
         self._wait(lambda: self._ended(event), "the end of the run")
         if fault.name == "full disk":
-            time.sleep(self.chance.uniform(0, LATE_SECONDS))
+            time.sleep(self.chance.uniform(0, self._pause))
             self._disk.make_room()
         event["attempt"] = self._run.metrics.read().attempt
         if not last:
@@ -203,7 +203,7 @@ class Soak:
 
     def _choose_moment(self, fault: Fault, moment: Moment) -> None:
         since = time.time()
-        self._pass(self.chance.uniform(0, TRAINING_SECONDS))
+        time.sleep(self.chance.uniform(0, self._pause))
         if fault.spoils_newest:
             self._wait(lambda: self._newest_written() > since, "a new checkpoint")
         if moment == "saving":
@@ -294,12 +294,6 @@ class Soak:
                 raise UserError(f"stuck: no sign of {what} within {seconds:.0f} s; see {self._run.log}")
             time.sleep(pause)
 
-    def _pass(self, seconds: float) -> None:
-        """Let time pass."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            time.sleep(min(0.2, max(end - time.monotonic(), 0)))
-
 
 def event_cells(event: Mapping[str, Any]) -> list[str]:
     """An event as a row of the table."""
@@ -364,6 +358,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="all in all, about; default 30")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their moments")
     parser.add_argument("--faults", nargs="+", default=[], choices=FAULTS, help="these, in this order, not random ones")
+    parser.add_argument(
+        "--pause", type=float, default=12, metavar="SECONDS", help="of training before a fault, at most; default 12"
+    )
     parser.add_argument("--data", type=Path, help="a prepared dataset; default: made-up text is prepared")
     parser.add_argument("--no-server", action="store_true", help="MLflow's store is a file, and no server dies")
     parser.add_argument(
@@ -391,6 +388,7 @@ def main() -> int:
         seed=arguments.seed,
         data=arguments.data.absolute() if arguments.data else prepare_data(folder),
         with_server=not arguments.no_server,
+        pause=arguments.pause,
         results=note,
     )
     passed = False

@@ -1,5 +1,6 @@
 """What a soak is done to: a supervised run, its record as it grows, an MLflow server, a disk that can be full."""
 
+import errno
 import json
 import os
 import random
@@ -209,9 +210,15 @@ class Disk:
 
     def fill(self, free: int) -> None:
         """Take all room but `free` bytes."""
-        found = os.statvfs(self._folder)
         with open(self._filler, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(found.f_bavail * found.f_bsize - free, 1))
+            while True:
+                found = os.statvfs(self._folder)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, max(found.f_bavail * found.f_bsize - free, 1))
+                    return
+                except OSError as error:  # the run has just taken some of it
+                    if error.errno != errno.ENOSPC:
+                        raise
 
     def make_room(self) -> None:
         """Give it back."""

@@ -1,0 +1,33 @@
+"""Short forms of the two soaks: a run that is hurt equals, or follows, an undisturbed one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+
+
+@pytest.mark.parametrize(
+    ("kind", "faults", "statuses"),
+    [
+        ("same", ["full disk", "checkpoint byte flipped"], {75}),
+        ("changing", ["SIGKILL runner"], {75, 137}),
+    ],
+)
+def test_a_short_soak(prepared_data: Path, tmp_path: Path, kind: str, faults: list[str], statuses: set[int]) -> None:
+    command = [sys.executable, "-m", "benchmarks.soak", "--kind", kind, "--seed", "3", "--pause", "1", "--no-server"]
+    command += ["--data", str(prepared_data), "--json", str(tmp_path / "soak.json"), "--folder", str(tmp_path / "soak")]
+    done = subprocess.run([*command, "--faults", *faults], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert [event["fault"] for event in found["events"]] == [*faults, "SIGTERM rank"]
+    assert statuses <= {status for event in found["events"] for status in event["statuses"]}
+    assert all(event["seconds"] is not None for event in found["events"])
+    assert all(verdict["passed"] for verdict in found["verdicts"])
+    assert {verdict["name"] for verdict in found["verdicts"]} >= {"losses", "weights", "samples", "MLflow store"}
