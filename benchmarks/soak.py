@@ -33,7 +33,7 @@ from benchmarks.machine import describe_machine
 from benchmarks.report import markdown_table, number, write_results
 from benchmarks.soak_checks import Record, Verdict, exact_samples, exact_store, noticed, same_numbers, same_weights
 from benchmarks.soak_faults import FAULTS, LAST, Fault, Moment, Scene, draw_faults
-from benchmarks.soak_job import TOKENS_PER_STEP, Disk, Run, Server, marked, prepare_data, write_config
+from benchmarks.soak_job import TOKENS_PER_STEP, Disk, Run, Server, marked, prepare_data, replay, write_config
 from pipeline.errors import UserError, run_command
 
 Kind = Literal["same", "changing"]
@@ -83,7 +83,7 @@ class Soak:
         self._disk = Disk(folder / "disk")
         self._server = Server(folder) if with_server else None
         store = self._server.uri if self._server else f"sqlite:///{folder / 'mlflow.db'}"
-        config = write_config(folder / "run.yaml", data, store)
+        config = write_config(folder / "run.yaml", data, {"uri": store, "enabled": with_server})
         (folder / "logs").mkdir()
         self._run = Run(config, folder / "disk/run", folder / "logs", self._mark)
         self._undisturbed = Run(config, folder / "disk/undisturbed", folder / "logs", self._mark)
@@ -125,6 +125,9 @@ class Soak:
         self._recover()
         self._run_out(self._run)
         self._wait(lambda: not self._run.processes(), "the end of all processes", SENDER_SECONDS)
+        # Nothing is left to be sent, or, without a server, everything: neither may double a point.
+        if replay(self._run.directory, self._mark) != 0:
+            raise UserError(f"python -m launch.replay {self._run.directory} failed")
         processes, stage = UNDISTURBED[self.kind]
         overrides = [f"train.zero_stage={stage}", f"train.tokens={steps * TOKENS_PER_STEP}", "tracking.enabled=false"]
         self._undisturbed.start(processes, overrides, wait=NEVER_SECONDS)
@@ -205,7 +208,8 @@ class Soak:
         since = time.time()
         time.sleep(self.chance.uniform(0, self._pause))
         if fault.spoils_newest:
-            self._wait(lambda: self._newest_written() > since, "a new checkpoint")
+            # The run cannot go on without any: the one before it must be there.
+            self._wait(lambda: len(self._run.checkpoints()) > 1 and self._newest_written() > since, "a new checkpoint")
         if moment == "saving":
             self._wait(self._run.saving, "a checkpoint being written", pause=0.005)
             time.sleep(self.chance.uniform(0, SAVING_SECONDS))
@@ -261,10 +265,10 @@ class Soak:
         return bool(new)
 
     def _look_for_orphans(self, event: Mapping[str, Any]) -> None:
-        """But for the supervisor, and senders that are not done, no process is left. Zombies' parents get a second."""
+        """No process is left but the supervisor, and senders and samplers, which end in their own time."""
         now, deadline = time.time(), time.monotonic() + 1
         while True:
-            over = ("sender",) if self._run.status is not None else ("sender", "supervisor")
+            over = {"sender", "sampler"} | ({"supervisor"} if self._run.status is None else set())
             left = [
                 f"{kind} {process.pid} after {event['fault']}"
                 for process, kind in marked(self._mark).items()
@@ -362,7 +366,7 @@ def main() -> int:
         "--pause", type=float, default=12, metavar="SECONDS", help="of training before a fault, at most; default 12"
     )
     parser.add_argument("--data", type=Path, help="a prepared dataset; default: made-up text is prepared")
-    parser.add_argument("--no-server", action="store_true", help="MLflow's store is a file, and no server dies")
+    parser.add_argument("--no-server", action="store_true", help="MLflow is sent the record at the end, into a file")
     parser.add_argument(
         "--folder", type=Path, help="keep all logs there; default: a temporary one, kept after a failure"
     )

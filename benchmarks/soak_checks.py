@@ -25,11 +25,11 @@ class Verdict:
 
 
 class Record:
-    """metrics.jsonl of a run."""
+    """metrics.jsonl of a run, and the load of its nodes (RUN_DIR/system/)."""
 
     def __init__(self, run_dir: Path) -> None:
-        lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        self.entries: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.entries = _read_lines(run_dir / "metrics.jsonl")
+        self._load = [entry for file in sorted((run_dir / "system").glob("*.jsonl")) for entry in _read_lines(file)]
 
     def steps(self) -> list[dict[str, Any]]:
         """Every recorded step, repeated ones too."""
@@ -54,10 +54,14 @@ class Record:
     def first_values(self) -> dict[tuple[str, int], float]:
         """The first value of each (metric, step): what the store is to hold."""
         found: dict[tuple[str, int], float] = {}
-        for entry in self.entries:
+        for entry in (*self.entries, *self._load):
             for name, value in entry.get("metrics", {}).items():
                 found.setdefault((name, entry["step"]), value)
         return found
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def same_numbers(run: Record, reference: Record, tolerance: float) -> Verdict:

@@ -34,12 +34,13 @@ _ROLES = {
     "deepspeed.launcher.launch": "launcher",
     "launch/train.py": "rank",
     "launch.replay": "sender",
+    "launch.system_metrics": "sampler",
 }
 _PIECES = 384
 
 
 def role(process: psutil.Process) -> str:
-    """What a process of a run is: supervisor, runner, launcher, rank, sender; other for what they start in passing."""
+    """What a process of a run is: supervisor, runner, launcher, rank, sender, sampler; other for passing ones."""
     words = [word for word in process.cmdline()[1:] if word not in ("-u", "-m")]
     return _ROLES.get(words[0], "other") if words else "other"
 
@@ -139,6 +140,12 @@ def environment(mark: str) -> dict[str, str]:
     }
 
 
+def replay(run_dir: Path, mark: str) -> int:
+    """Send to MLflow what it does not have of a run; the exit status of that command."""
+    command = [sys.executable, "-m", "launch.replay", str(run_dir)]
+    return subprocess.run(command, cwd=ROOT, env=environment(mark), capture_output=True).returncode
+
+
 class Server:
     """An MLflow server of its own, over sqlite."""
 
@@ -229,7 +236,7 @@ class Disk:
         subprocess.run(["umount", "--lazy", str(self._folder)], check=False)
 
 
-def write_config(path: Path, data: Path, tracking_uri: str | None) -> Path:
+def write_config(path: Path, data: Path, tracking: dict[str, Any]) -> Path:
     """Write the config of a small model that saves often and is validated now and then; run.dir is to be given."""
     limits = dict.fromkeys(("data", "forward", "backward", "step", "evaluate"), 20) | {"save": 30, "other": 60}
     values: dict[str, Any] = {
@@ -243,7 +250,7 @@ def write_config(path: Path, data: Path, tracking_uri: str | None) -> Path:
         "checkpoint": {"every_tokens": SAVE_STEPS * TOKENS_PER_STEP, "keep": 3},
         "evaluate": {"every_tokens": EVALUATE_STEPS * TOKENS_PER_STEP},
         "watchdog": limits,
-        "tracking": {"uri": tracking_uri},
+        "tracking": tracking,
         # Left at its default, ZeRO-3 would not partition anything as small as this model.
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
     }

@@ -13,21 +13,15 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
 
 
-@pytest.mark.parametrize(
-    ("kind", "faults", "statuses"),
-    [
-        ("same", ["full disk", "checkpoint byte flipped"], {75}),
-        ("changing", ["SIGKILL runner"], {75, 137}),
-    ],
-)
-def test_a_short_soak(prepared_data: Path, tmp_path: Path, kind: str, faults: list[str], statuses: set[int]) -> None:
+@pytest.mark.parametrize(("kind", "fault"), [("same", "full disk"), ("changing", "checkpoint byte flipped")])
+def test_a_short_soak(prepared_data: Path, tmp_path: Path, kind: str, fault: str) -> None:
     command = [sys.executable, "-m", "benchmarks.soak", "--kind", kind, "--seed", "3", "--pause", "1", "--no-server"]
     command += ["--data", str(prepared_data), "--json", str(tmp_path / "soak.json"), "--folder", str(tmp_path / "soak")]
-    done = subprocess.run([*command, "--faults", *faults], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, "--faults", fault], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert [event["fault"] for event in found["events"]] == [*faults, "SIGTERM rank"]
-    assert statuses <= {status for event in found["events"] for status in event["statuses"]}
+    assert [event["fault"] for event in found["events"]] == [fault, "SIGTERM rank"]
+    assert found["events"][-1]["statuses"] == [75]
     assert all(event["seconds"] is not None for event in found["events"])
     assert all(verdict["passed"] for verdict in found["verdicts"])
     assert {verdict["name"] for verdict in found["verdicts"]} >= {"losses", "weights", "samples", "MLflow store"}
