@@ -14,6 +14,7 @@ from typing import IO, Any
 import yaml
 
 from launch.config import RunConfig
+from launch.retention import remove_leftovers
 from launch.stop import STOP_FILE
 from pipeline.atomic import write_aside, write_json
 from pipeline.errors import UserError
@@ -70,6 +71,8 @@ class RunDirectory:
             raise UserError(
                 f"run.dir: {self.path} is in use by another trainer; wait for it or choose another"
             ) from error
+        # Half a checkpoint that filled the disk would leave no room to start in.
+        remove_leftovers(self.checkpoints)
         (self.path / STOP_FILE).unlink(missing_ok=True)
         self.done.unlink(missing_ok=True)
         with write_aside(self.config) as file:

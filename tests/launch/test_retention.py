@@ -11,6 +11,7 @@ import pytest
 from launch.checkpoint import list_checkpoints
 from launch.config import CheckpointSection, load_run_config
 from launch.retention import Saved, kept, remove, remove_leftovers
+from launch.run_directory import RunDirectory
 from pipeline.errors import UserError
 
 
@@ -90,6 +91,20 @@ def test_a_crash_while_deleting_leaves_no_half_checkpoint(
         shutil.copytree(tmp_path / "step-00000001", tmp_path / ".deleting-step-00000001")
         remove(tmp_path / "step-00000001")
         assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def test_half_a_checkpoint_that_filled_the_disk_makes_room_for_the_next_start(
+    write_config: Callable[..., Path], write_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = load_run_config(write_config(run={"dir": str(tmp_path / "run")}))
+    directory = RunDirectory(config.run.dir)
+    whole = write_checkpoint(directory.checkpoints, 1)
+    shutil.copytree(whole, directory.checkpoints / ".writing-step-00000002")
+    directory.open(config, {})
+    assert list(directory.checkpoints.iterdir()) == [whole]
+    with pytest.raises(UserError, match="in use by another trainer"):
+        RunDirectory(config.run.dir).open(config, {})
+    directory.close()
 
 
 @pytest.mark.parametrize(
