@@ -94,13 +94,16 @@ class Soak:
         """How often the run was started, by the supervisor too."""
         return 1 + sum(len(event["statuses"]) for event in self.events)
 
-    def close(self) -> None:
-        """End everything that it has started."""
+    def close(self, kept: Path | None) -> None:
+        """End everything that it has started, and copy what is on the small disk to `kept`."""
         for process in self._run.processes():
             process.kill()
         if self._server:
             self._server.wait()
             self._server.kill()
+        self._disk.make_room()
+        if kept:
+            shutil.copytree(self._folder / "disk", kept)
         self._disk.close()
 
     def hurt(self, names: Sequence[str], minutes: float) -> None:
@@ -147,11 +150,6 @@ class Soak:
             Verdict("no orphans", not self.orphans, "; ".join(self.orphans) or "none"),
             Verdict("no other ends", not self.unexpected, "; ".join(self.unexpected) or "none"),
         ]
-
-    def keep(self, place: Path) -> None:
-        """Copy what is on the small disk to `place`."""
-        self._disk.make_room()
-        shutil.copytree(self._folder / "disk", place)
 
     def _start(self, *overrides: str) -> None:
         if self.kind == "changing":
@@ -407,12 +405,12 @@ def main() -> int:
         print("\n" + soak_report(document))
         passed = all(verdict.passed for verdict in verdicts)
     finally:
-        if arguments.folder or not passed:
-            soak.keep(folder / "kept")
+        remove = passed and not arguments.folder
+        soak.close(None if remove else folder / "kept")
+        if remove:
+            shutil.rmtree(folder)
+        else:
             print(f"logs and runs: {folder}", file=sys.stderr)
-        soak.close()
-    if not arguments.folder and passed:
-        shutil.rmtree(folder)
     return int(not passed)
 
 
