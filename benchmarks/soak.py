@@ -43,7 +43,7 @@ TOLERANCE: dict[Kind, float] = {"same": 0.0, "changing": 1e-3}
 SHAPES = [(processes, stage) for processes in (1, 2, 4) for stage in (0, 1, 2, 3)]
 UNDISTURBED: dict[Kind, tuple[int, int]] = {"same": (2, 2), "changing": (1, 0)}
 """Processes and ZeRO stage of the undisturbed run; of the other one, too, where they stay the same."""
-SHARE = 0.68
+SHARE = 0.8
 """Of the time, for faults; the rest is for the end and the undisturbed run."""
 STARTING_SECONDS, SAVING_SECONDS = 9.0, 0.3
 """How long after the start, or the beginning of a checkpoint, a fault comes at most."""

@@ -39,7 +39,7 @@ class Fault:
 
     name: str
     strike: Callable[[Scene], str]
-    moments: tuple[Moment, ...] = ("training", "training", "saving", "starting")
+    moments: tuple[Moment, ...] = ("training", "saving", "starting")
     ends_run: bool = True
     spoils_newest: bool = False
 
