@@ -168,9 +168,12 @@ class Soak:
         else:
             self._recover()
             self._choose_moment(fault, moment)
+        if self._shape[0] < fault.processes:
+            return
         event = self._event(fault.name, moment)
         self.events.append(event)
         event["done"] = fault.strike(self._scene)
+        self._results(self.events)
         if fault.spoils_newest:
             self._damaged.append(event["done"].partition("/")[0])
         if not fault.ends_run:

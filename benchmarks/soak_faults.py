@@ -35,6 +35,7 @@ class Fault:
         moments: when it can happen.
         ends_run: whether the run ends of it.
         spoils_newest: whether it needs a checkpoint that the running attempt has written.
+        processes: how many the run must have: nothing notices that its only process is stopped.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Fault:
     moments: tuple[Moment, ...] = ("training", "saving", "starting")
     ends_run: bool = True
     spoils_newest: bool = False
+    processes: int = 1
 
 
 _ABOVE = {"rank": ("rank", "launcher", "runner"), "launcher": ("launcher", "runner")}
@@ -124,7 +126,7 @@ FAULTS = {
         Fault("SIGTERM launcher", _signal(signal.SIGTERM, "launcher")),
         Fault("SIGTERM runner", _signal(signal.SIGTERM, "runner")),
         Fault("SIGTERM supervisor", _signal(signal.SIGTERM, "supervisor")),
-        Fault("SIGSTOP rank", _signal(signal.SIGSTOP, "rank"), _RUNNING),
+        Fault("SIGSTOP rank", _signal(signal.SIGSTOP, "rank"), _RUNNING, processes=2),
         Fault("machine gone", _kill_everything),
         Fault("full disk", _fill_disk, _RUNNING),
         Fault("checkpoint truncated", _damage("truncated"), _RUNNING, spoils_newest=True),
