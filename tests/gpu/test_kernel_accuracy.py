@@ -162,5 +162,5 @@ def test_on_these_inputs_every_branch_matters(case: Case) -> None:
 
 @pytest.mark.parametrize("case", mixed_cases()[-11:] + quadratic_cases()[-4:], ids=str)
 def test_the_plain_formula_is_the_reference_in_float64(case: Case) -> None:
-    problem = draw(case, torch.float64)
+    problem = draw(case, torch.float64).to(torch.float64)
     assert max(relative_errors(measure(plain_torch, problem), exactly(problem)).values()) < 1e-11
