@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from launch.config import BadStepsSection
+from launch.operation_config import BadStepsSection
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of sample numbers, in order."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import CheckpointSection
+from launch.operation_config import CheckpointSection
 from pipeline.atomic import sync_directory
 
 

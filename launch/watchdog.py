@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from launch.config import WatchdogSection
+from launch.operation_config import WatchdogSection
 from launch.engine import Processes
 from pipeline.errors import UserError
 
