@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from launch.operation_config import WatchdogSection
 from launch.engine import Processes
+from launch.operation_config import WatchdogSection
 from pipeline.errors import UserError
 
 LOST = 71

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.bad_steps import History, describe_ranges, find_fault, merge_ranges, robust_z, sample_ranges
-from launch.operation_config import BadStepsSection
 from launch.engine import Processes
+from launch.operation_config import BadStepsSection
 from launch.rollback import carry_out, pass_over, plan_rollback, record_stop, set_aside, unrecorded
 from launch.run_directory import RunDirectory
 from pipeline.batches import DataState
