@@ -31,6 +31,8 @@ FINAL = (USER_ERROR_EXIT, 70, 75)
 POLL_SECONDS = 0.2
 LEAVE_SECONDS = 60.0
 """For processes that their launcher left behind: to save and stop."""
+AGAIN_SECONDS = 10.0
+"""Between two signals to a run that is to stop."""
 
 
 class Supervisor:
@@ -41,6 +43,7 @@ class Supervisor:
         self._directory = RunDirectory(config.run.dir)
         self._told = False
         self._pending: int | None = None
+        self._told_again_at = 0.0
 
     def run(self) -> int:
         """Run until there is nothing more to do; returns the run's exit status."""
@@ -78,13 +81,16 @@ class Supervisor:
         return job.returncode if job.returncode >= 0 else 128 - job.returncode
 
     def _pass_on(self, session: int) -> None:
-        """Hand a signal to one of the run's processes, once they are there: all stop with it, after the same step."""
-        if self._pending is None:
+        """Hand a signal to one of the run's processes, once they are there: all stop with it, after the same step.
+
+        It is told again until the run ends: a process that is just being started may lose a signal.
+        """
+        if self._pending is None or time.monotonic() < self._told_again_at:
             return
         for process in members(session):
             if _listens(process, self._pending):
                 _send([process], self._pending)
-                self._pending = None
+                self._told_again_at = time.monotonic() + AGAIN_SECONDS
                 return
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
