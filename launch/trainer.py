@@ -231,19 +231,19 @@ def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler
                 history = progress.history.learnt(loss, config.bad_steps) if targets else progress.history
             else:
                 discard_gradients(engine)
-                history = progress.history.skip(progress.step + 1, step.samples, config.bad_steps)
+                history = progress.history.skip(number, step.samples, config.bad_steps)
                 within_budget = len(history.skipped) <= config.bad_steps.budget
                 if tracker:
                     found = bad_step_record(fault, step.samples, loss, layer_norms, skipped=within_budget)
-                    tracker.bad_step(progress.step + 1, found)
-                say(progress_line(config, progress.step + 1, {}, pace, fault))
+                    tracker.bad_step(number, found)
+                say(progress_line(config, number, {}, pace, fault))
                 if not within_budget:
                     status, over_budget = BAD_NUMBERS, history
                     break
             tokens_before = progress.tokens
             progress = replace(
                 progress,
-                step=progress.step + 1,
+                step=number,
                 tokens=tokens_before + config.train.tokens_per_step,
                 data=step.state,
                 history=history,

@@ -413,6 +413,7 @@ def backward(
     launch = call.launch("heads_backward")
     blocks = C // launch.blocks["ROWS"]
     partial = call.new(N * blocks, 9 * S, dtype=torch.float32)
+    # Without fused multiply-adds every lane that holds a copy of a sum over rows has the same bits of it.
     heads_backward_kernel[(blocks, N)](
         inputs.uvz, inputs.gamma, *call.head_arguments(), *grad_quad, *grad_own, grads.lin_q, grads.lin_k, grads.uvz,
         partial, call.T, call.G, *call.uvz_strides, **call.head_constants(), **launch.options(), enable_fp_fusion=False,
