@@ -37,7 +37,8 @@ from pipeline.config import Content, PrepareConfig, TrainTokenizer
 from pipeline.errors import UserError, run_command
 
 _SAMPLE_SECONDS = 0.1
-_TASKS = ("ray::survey_files", "ray::encode_unit", "ray::assemble_shard")
+# An idle worker still holds what its last task left: short tasks are seen too. Ray's agents have other names.
+_WORKERS = ("ray::survey_files", "ray::encode_unit", "ray::assemble_shard", "ray::IDLE")
 _STAGE_BYTES = 30_000_000  # how much text the shares of one worker's time are taken from
 _DOCUMENTS_A_ROW_GROUP = 16
 _ROWS = (
@@ -141,7 +142,7 @@ def measure_bare(model: Path, files: Sequence[Path], kind: str, workers: int) ->
 
 
 class PeakMemory:
-    """Samples the unshared memory of Ray's workers below this process while they run tasks.
+    """Samples the unshared memory of Ray's workers below this process, the last time on leaving.
 
     `samples`: seconds since the start, and the bytes of the largest worker then.
     """
@@ -162,12 +163,13 @@ class PeakMemory:
     def _sample(self) -> None:
         import psutil
 
-        own, began = psutil.Process(), time.perf_counter()
-        while not self._stop.wait(_SAMPLE_SECONDS):
+        own, began, last = psutil.Process(), time.perf_counter(), False
+        while not last:
+            last = self._stop.wait(_SAMPLE_SECONDS)
             largest = 0
             for child in own.children(recursive=True):
                 try:
-                    if child.cmdline()[:1] and child.cmdline()[0].startswith(_TASKS):
+                    if child.cmdline()[:1] and child.cmdline()[0].startswith(_WORKERS):
                         largest = max(largest, child.memory_full_info().uss)
                 except psutil.Error:
                     continue
@@ -175,7 +177,7 @@ class PeakMemory:
                 self.samples.append((time.perf_counter() - began, largest))
 
     def by_quarter(self) -> list[int]:
-        """The largest in each quarter of the time in which tasks ran, bytes."""
+        """The largest in each quarter of the time from the first sample to the last, bytes."""
         quarters = [0] * 4
         if not self.samples:
             return quarters
@@ -206,7 +208,8 @@ def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Pa
             "execution": {"output": output, "workers": workers},
         }
     )
-    with tempfile.TemporaryDirectory(prefix="ray-") as folder, PeakMemory() as memory:
+    memory = PeakMemory()
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
         began = time.perf_counter()
         ray.init(
             address="local",
@@ -220,9 +223,10 @@ def measure_prepare(model: Path, files: Sequence[Path], workers: int, output: Pa
         cluster_seconds = time.perf_counter() - began
         try:
             began = time.perf_counter()
-            with redirect_stdout(io.StringIO()):
-                manifest = prepare(config)
-            seconds = time.perf_counter() - began
+            with memory:
+                with redirect_stdout(io.StringIO()):
+                    manifest = prepare(config)
+                seconds = time.perf_counter() - began
         finally:
             ray.shutdown()
     return {
