@@ -43,7 +43,7 @@ from launch.records import batches, last_record
 from launch.replay import BATCH, Sender
 from launch.run_directory import RunDirectory
 from launch.tracking import NodeSampler, Tracker, run_facts
-from pipeline.errors import UserError
+from pipeline.errors import UserError, run_command
 
 SETTLING_STEPS = 5
 """At the start of each block; not counted."""
@@ -123,8 +123,10 @@ class Alone(Processes):
         return [value]
 
 
-class Alternating:
+class Alternating(Tracker):
     """Takes the place of the trainer's tracker, and of its sampler; hands each block of steps to another place."""
+
+    run_id = None
 
     def __init__(self, places: Sequence[Place], *, rounds: int, steps: int, settle: Callable[[], None]) -> None:
         self._places, self._rounds, self._steps = places, rounds, steps
@@ -134,14 +136,14 @@ class Alternating:
         self._left = SETTLING_STEPS
         self._used = 0.0
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+    def log(self, step: int, metrics: dict[str, float], samples: Sequence[int] | None = None) -> None:
         """Take the time of the step, and record it where it belongs."""
         used = time.process_time()
         if self._current:
             block = self._current.blocks[-1]
             began = time.perf_counter()
             if self._current.tracker:
-                self._current.tracker.log(step, metrics)
+                self._current.tracker.log(step, metrics, samples)
             if self._left <= self._steps:
                 block.wall.append(metrics["perf/step_seconds"])
                 block.processor.append(used - self._used)
@@ -168,8 +170,6 @@ class Alternating:
 
     def close(self, status: str = "") -> None:
         """Nothing: the places are closed one by one."""
-
-    run_id = None
 
     def checkpoint(self, step: int, path: Path) -> None:
         """Not recorded."""
@@ -423,4 +423,4 @@ def place_children(cores: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)
