@@ -30,10 +30,11 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.machine import describe_machine
+from benchmarks.mlflow_server import MLflowServer
 from benchmarks.report import markdown_table, number, write_results
 from benchmarks.soak_checks import Record, Verdict, exact_samples, exact_store, noticed, same_numbers, same_weights
 from benchmarks.soak_faults import FAULTS, LAST, Fault, Moment, Scene, draw_faults
-from benchmarks.soak_job import TOKENS_PER_STEP, Disk, Run, Server, marked, prepare_data, replay, write_config
+from benchmarks.soak_job import TOKENS_PER_STEP, Disk, Run, marked, prepare_data, replay, write_config
 from pipeline.errors import UserError, run_command
 
 Kind = Literal["same", "changing"]
@@ -81,7 +82,7 @@ class Soak:
         self._ends_seen, self._exit_seen = 0, False
         self._mark = uuid.uuid4().hex
         self._disk = Disk(folder / "disk")
-        self._server = Server(folder) if with_server else None
+        self._server = MLflowServer(folder) if with_server else None
         store = self._server.uri if self._server else f"sqlite:///{folder / 'mlflow.db'}"
         config = write_config(folder / "run.yaml", data, {"uri": store, "enabled": with_server})
         (folder / "logs").mkdir()

@@ -11,7 +11,8 @@ from typing import Literal
 
 import psutil
 
-from benchmarks.soak_job import Disk, Run, Server
+from benchmarks.mlflow_server import MLflowServer
+from benchmarks.soak_job import Disk, Run
 
 Moment = Literal["training", "saving", "starting"]
 
@@ -21,7 +22,7 @@ class Scene:
     """What faults happen to."""
 
     run: Run
-    server: Server | None
+    server: MLflowServer | None
     disk: Disk
     chance: random.Random
 

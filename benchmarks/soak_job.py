@@ -7,9 +7,7 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ import psutil
 import yaml
 
 from launch.engine import free_port
-from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "FLASH_SOAK"
@@ -144,65 +141,6 @@ def replay(run_dir: Path, mark: str) -> int:
     """Send to MLflow what it does not have of a run; the exit status of that command."""
     command = [sys.executable, "-m", "launch.replay", str(run_dir)]
     return subprocess.run(command, cwd=ROOT, env=environment(mark), capture_output=True).returncode
-
-
-class Server:
-    """An MLflow server of its own, over sqlite."""
-
-    def __init__(self, folder: Path) -> None:
-        self.store, self.port = folder / "mlflow.db", free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-        self._coming: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start it and wait until it answers. Raises `UserError` after two minutes."""
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.store}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        with open(self._folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(command, cwd=self._folder, stdout=log, stderr=log, start_new_session=True)
-        deadline = time.monotonic() + 120
-        while not self._answers():
-            if time.monotonic() > deadline:
-                raise UserError(f"the MLflow server does not answer; see {self._folder / 'server.log'}")
-            time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        """SIGKILL to all of its processes."""
-        if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def come_back(self, seconds: float) -> None:
-        """Start it again in so many seconds, in the background."""
-
-        def start() -> None:
-            time.sleep(seconds)
-            self.start()
-
-        self._coming = threading.Thread(target=start, daemon=True)
-        self._coming.start()
-
-    def wait(self) -> None:
-        """Wait until it is back, if it was killed."""
-        if self._coming:
-            self._coming.join()
-            self._coming = None
-
-    @property
-    def is_back(self) -> bool:
-        """Whether it runs."""
-        return self._coming is None or not self._coming.is_alive()
 
 
 class Disk:

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ import torch
 import yaml
 
 from benchmarks.machine import describe_machine
+from benchmarks.mlflow_server import MLflowServer
 from benchmarks.reading import VOCAB_SIZE, make_dataset
 from benchmarks.report import write_results
 from benchmarks.table import tracking_report
@@ -178,24 +178,6 @@ class Alternating(Tracker):
         """Not recorded."""
 
 
-def start_server(folder: Path) -> tuple["subprocess.Popen[bytes]", int]:
-    """An MLflow server over SQLite, and its port."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}", "--artifacts-destination", str(folder)]
-    with open(folder / "server.log", "wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
-    deadline = time.monotonic() + 180
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-            return server, port
-        except OSError:
-            if time.monotonic() > deadline or server.poll() is not None:
-                raise
-            time.sleep(0.5)
-
-
 def serve_slowly(port: int, seconds: float) -> None:
     """Pass connections on to `port`, each way of each piece of data `seconds` late; prints its own port."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -215,7 +197,7 @@ def serve_slowly(port: int, seconds: float) -> None:
             threading.Thread(target=pump, args=ends, daemon=True).start()
 
 
-def measure_steps(arguments: argparse.Namespace, folder: Path, server: int, slow: int) -> list[dict[str, Any]]:
+def measure_steps(arguments: argparse.Namespace, folder: Path, server: str, slow: int) -> list[dict[str, Any]]:
     """Train with the places taking turns; returns a row for each."""
     silent = socket.create_server(("127.0.0.1", 0))
     make_dataset(folder / "data", 2_000_000, seed=1)
@@ -233,7 +215,7 @@ def measure_steps(arguments: argparse.Namespace, folder: Path, server: int, slow
         "no record": None,
         "no record, again": None,
         "metrics.jsonl alone": None,
-        "MLflow, server fine": f"http://127.0.0.1:{server}",
+        "MLflow, server fine": server,
         "MLflow, server slow": f"http://127.0.0.1:{slow}",
         "MLflow, server dead": f"http://127.0.0.1:{free_port()}",
         "MLflow, server silent": f"http://127.0.0.1:{silent.getsockname()[1]}",
@@ -383,8 +365,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.sched_setaffinity(0, beside)  # inherited by what is started here
-        server, port = start_server(folder)
-        command = [sys.executable, "-m", "benchmarks.tracking", "--serve-slowly", str(port)]
+        server = MLflowServer(folder)
+        server.start()
+        command = [sys.executable, "-m", "benchmarks.tracking", "--serve-slowly", str(server.port)]
         command += ["--slow-seconds", str(arguments.slow_seconds)]
         slow = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert slow.stdout
@@ -392,7 +375,7 @@ def main() -> int:
         try:
             document["backlog"] = measure_backlog(
                 folder,
-                {"server": f"http://127.0.0.1:{port}", "SQLite": f"sqlite:///{folder / 'own.db'}"},
+                {"server": server.uri, "SQLite": f"sqlite:///{folder / 'own.db'}"},
                 arguments.backlog,
             )
             document["files"] = measure_files(folder, arguments.long)
@@ -400,10 +383,10 @@ def main() -> int:
             watch.start()
             if not arguments.together:
                 os.sched_setaffinity(0, cores[:1])
-            document["rows"] = measure_steps(arguments, folder, port, slow_port)
+            document["rows"] = measure_steps(arguments, folder, server.uri, slow_port)
         finally:
             slow.kill()
-            os.killpg(server.pid, signal.SIGKILL)
+            server.kill()
     if arguments.json:
         write_results(arguments.json, document)
     print(tracking_report(document))

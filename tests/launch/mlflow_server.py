@@ -1,19 +1,13 @@
 """A real MLflow server that tests kill and start again, and a proxy in front of it that loses answers."""
 
 import http.client
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
-from launch.engine import free_port
+from benchmarks.mlflow_server import MLflowServer
 
 
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
@@ -23,42 +17,14 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.2)
 
 
-class Server:
-    """Over a database in `folder`; it is ended by SIGKILL alone."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it unless it runs, and wait until it answers."""
-        if self._process is not None:
-            return
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        with open(self.folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, start_new_session=True)
-        wait_for(self._answers, 120)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+class Server(MLflowServer):
+    """And what is in its database."""
 
     def stored(self, columns: str, table: str, run_id: str) -> list[tuple[object, ...]]:
         """Rows of a run in the server's database, every one of them."""
-        with sqlite3.connect(self.folder / "server.db") as database:
+        with sqlite3.connect(self.store) as database:
             rows = database.execute(f"SELECT {columns} FROM {table} WHERE run_uuid = ?", (run_id,))
             return sorted(rows.fetchall())
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
 
 
 class Cut(Exception):  # noqa: N818 (no error)
