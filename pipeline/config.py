@@ -214,8 +214,9 @@ class Content(StrictModel):
         return sources
 
     def record(self) -> dict[str, Any]:
-        """What the digest covers: everything but keys named `path`; relative names and hashes stand for those."""
-        return _without_paths(self.model_dump(mode="json", exclude_none=True))
+        """What the digest covers: everything but paths, for which relative names and hashes stand."""
+        where = {"sources": {"__all__": {"path", "download"}}, "tokenizer": {"path"}}
+        return self.model_dump(mode="json", exclude_none=True, exclude=where)
 
 
 class TaskResources(StrictModel):
@@ -258,11 +259,3 @@ def is_split_name(name: str) -> bool:
     """Whether a split, and with it its directory, may be called so: letters, digits, - and _."""
     return name.replace("-", "").replace("_", "").isalnum()
 
-
-_NOT_CONTENT = {"path", "download"}
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items() if key not in _NOT_CONTENT}
-    return [_without_paths(item) for item in value] if isinstance(value, list) else value

@@ -163,3 +163,10 @@ def test_record_leaves_locations_out() -> None:
         return PrepareConfig.model_validate({"content": content, "execution": {"output": "o"}}).content.record()
 
     assert record("here") == record("there")
+
+
+def test_record_holds_every_split_whatever_its_name() -> None:
+    splits = {"path": 0.1, "download": 0.2}
+    content = {"sources": [{"type": "text", "path": "x"}], "tokenizer": {"path": "m"}, "splits": splits}
+    config = PrepareConfig.model_validate({"content": content, "execution": {"output": "o"}})
+    assert config.content.record()["splits"] == splits
