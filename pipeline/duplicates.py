@@ -6,6 +6,7 @@ run. What a join finds, it finds for any number of workers.
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,10 +53,10 @@ def find_duplicates(content: Content, units: Sequence[Unit], workspace: Path, ru
         return None
     folder = workspace / "duplicates"
     folder.mkdir(exist_ok=True)
-    todo = [number for number in range(len(units)) if not _ledger(folder, number).exists()]
-    for _ in run(fingerprint_unit, [(content, number, units[number], folder) for number in todo]):
-        pass
-    entries = [json.loads(_ledger(folder, number).read_bytes()) for number in range(len(units))]
+    ledgers = {number: found for number in range(len(units)) if (found := _read_ledger(folder, number)) is not None}
+    todo = [(content, number, unit, folder) for number, unit in enumerate(units) if number not in ledgers]
+    ledgers |= dict(run(fingerprint_unit, todo))
+    entries = [ledgers[number] for number in range(len(units))]
     starts = np.cumsum([0, *(entry["documents"] for entry in entries)], dtype=np.int64)
     flags = Flags(folder / "flags", starts)
     if flags.path.exists():
@@ -64,7 +65,8 @@ def find_duplicates(content: Content, units: Sequence[Unit], workspace: Path, ru
     kept = [entry["kept"] for entry in entries]
     found = folder / "found"
     with write_aside(found) as file:  # a plain file that is mapped: as large as the corpus has documents
-        file.truncate(max(int(starts[-1]), 1))
+        # With its blocks: where a disk is full, writing to the map would end the process.
+        os.posix_fallocate(file.fileno(), 0, max(int(starts[-1]), 1))
     marks = np.memmap(found, np.uint8, "r+")
     runs = _runs(kept)
     for ordinals in run(merge_exact, [(folder, *part) for part in pairwise(runs)]):
@@ -100,6 +102,14 @@ def _ledger(folder: Path, number: int) -> Path:
     return folder / f"{number:07d}.json"
 
 
+def _read_ledger(folder: Path, number: int) -> dict[str, int] | None:
+    try:
+        ledger: dict[str, int] = json.loads(_ledger(folder, number).read_bytes())
+    except FileNotFoundError:
+        return None
+    return ledger
+
+
 def _array(folder: Path, number: int, name: str) -> Path:
     return folder / f"{number:07d}.{name}.npy"
 
@@ -120,10 +130,13 @@ def _parts(records: int) -> list[tuple[int, int]]:
     return [(low, high - 1) for low, high in pairwise(edges)]
 
 
-def fingerprint_unit(content: Content, number: int, unit: Unit, folder: Path) -> int:
-    """Write what the joins need to know of a unit's documents, unless it is there: sorted hashes, signatures."""
-    if _ledger(folder, number).exists():
-        return number  # by an earlier run of this task, whose worker died at a later unit
+def fingerprint_unit(content: Content, number: int, unit: Unit, folder: Path) -> tuple[int, dict[str, int]]:
+    """Write what the joins need to know of a unit's documents, unless it is there: sorted hashes, signatures.
+
+    Returns (number, the unit's ledger: how many documents it has, how many of them have text to compare).
+    """
+    if (done := _read_ledger(folder, number)) is not None:
+        return number, done  # by an earlier run of this task, whose worker died at a later unit
     near = content.clean.near_duplicates
     places: list[int] = []
     digests: list[bytes] = []
@@ -148,8 +161,9 @@ def fingerprint_unit(content: Content, number: int, unit: Unit, folder: Path) ->
         bands = np.empty(keys.size, [("hash", "<u8"), ("place", "<u4")])
         bands["hash"], bands["place"] = keys.ravel(), np.repeat(np.array(places, np.uint32), keys.shape[1])
         _save(_array(folder, number, "bands"), np.sort(bands, order=("hash", "place")))
-    write_json(_ledger(folder, number), {"documents": total, "kept": len(places)})
-    return number
+    ledger = {"documents": total, "kept": len(places)}
+    write_json(_ledger(folder, number), ledger)
+    return number, ledger
 
 
 def signature(text: str, near: NearDuplicates) -> np.ndarray:

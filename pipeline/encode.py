@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.atomic import write_aside, write_json
+from pipeline.atomic import write_json
 from pipeline.clean import Dropped, clean
 from pipeline.config import Content
 from pipeline.errors import UserError
 from pipeline.locations import Document, Piece, Skipped, SourceFile
 from pipeline.order import derive_key, keyed_hash
-from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter, bin_path, idx_path
+from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter, bin_path, idx_path, read_index
 from pipeline.sources import Survey, read_piece, reading_order, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
@@ -184,8 +184,8 @@ def _sample(content: Content, units: Sequence[Unit], flags: "Flags | None") -> I
             return
 
 
-def make_tokenizer(content: Content, units: Sequence[Unit], flags: "Flags | None", target: Path) -> None:
-    """Train the tokenizer and write it to `target`.
+def make_tokenizer(content: Content, units: Sequence[Unit], flags: "Flags | None") -> bytes:
+    """Train the tokenizer; returns the model.
 
     Raises:
         UserError: no training text, or not enough for the vocabulary.
@@ -198,9 +198,7 @@ def make_tokenizer(content: Content, units: Sequence[Unit], flags: "Flags | None
             "content.sources: no document with text falls into the train split, so there is nothing to train a "
             "tokenizer on; add documents or lower content.splits"
         )
-    model = train_tokenizer(chain([first], sample), content.tokenizer.train)
-    with write_aside(target) as file:
-        file.write(model)
+    return train_tokenizer(chain([first], sample), content.tokenizer.train)
 
 
 @lru_cache(maxsize=1)
@@ -227,10 +225,10 @@ def encode_unit(
     tokenizer_sha256: str,
     workspace: Path,
     samples: int,
-) -> int:
-    """Tokenize a unit, write its tokens by split and enter it in the ledger, unless it is there; return its number."""
-    if read_ledger(workspace, number) is not None:
-        return number  # by an earlier run of this task, whose worker died at a later unit
+) -> tuple[int, Ledger]:
+    """Tokenize a unit, write its tokens by split and enter it in the ledger, unless it is there; (number, entry)."""
+    if (done := read_ledger(workspace, number)) is not None:
+        return number, done  # by an earlier run of this task, whose worker died at a later unit
     model = _load_tokenizer(tokenizer, tokenizer_sha256)
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in split_names(content)}
     ledger = Ledger()
@@ -252,7 +250,7 @@ def encode_unit(
             for ids in arrays:
                 writer.append(ids, np.array([len(ids)]))
     write_json(unit_ledger(workspace, number), ledger.record())
-    return number
+    return number, ledger
 
 
 def _sample_of(document: Prepared, key: bytes) -> dict[str, Any]:
@@ -286,7 +284,7 @@ def plan_shards(workspace: Path, units: int, split: str, shard_tokens: int) -> I
     parts: list[ShardPart] = []
     held = 0
     for unit in range(units):
-        ends = np.cumsum(Shard(unit_stem(workspace, unit, split)).lengths, dtype=np.int64)
+        ends = np.cumsum(read_index(unit_stem(workspace, unit, split)).lengths, dtype=np.int64)
         start, before = 0, 0
         while start < len(ends):
             stop = min(int(np.searchsorted(ends, before + shard_tokens - held)) + 1, len(ends))

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline import encode
 from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
@@ -36,6 +36,8 @@ from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, read_manife
 from pipeline.sources import Survey, cut_units, group_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
+
+R = TypeVar("R")
 
 LOG = "prepare.log"
 DROPPED = "dropped.jsonl"
@@ -174,18 +176,18 @@ class _Preparation:
 
     def _run_units(
         self,
-        function: Callable[..., int],
+        function: Callable[..., R],
         todo: Sequence[int],
         job: Callable[[int], tuple[Any, ...]],
         units: Sequence[encode.Unit],
         workers: int,
-    ) -> Iterator[int]:
+    ) -> Iterator[R]:
         """Run `function(*job(number))` for the units of these numbers; those that are read in sequence are one task."""
         wanted = set(todo)
         groups = ([number for number in group if number in wanted] for group in group_units(units))
         tasks = ((function, [job(number) for number in group]) for group in groups if group)
-        for numbers in self._run(in_sequence, tasks, workers, function.__name__):
-            yield from numbers
+        for results in self._run(in_sequence, tasks, workers, function.__name__):
+            yield from results
 
     def _duplicates(self, units: Sequence[encode.Unit], workers: int) -> Flags | None:
         def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
@@ -206,13 +208,12 @@ class _Preparation:
         done = self.workspace / "tokenizer.done"
         if not (done.exists() and target.exists() and done.read_text() == hash_file(target)):
             if self.content.tokenizer.path is not None:
-                given = Tokenizer(Path(self.content.tokenizer.path).expanduser())
-                with write_aside(target) as file:
-                    file.write(given.path.read_bytes())
+                model = Tokenizer(Path(self.content.tokenizer.path).expanduser()).path.read_bytes()
             else:
                 self.say("tokenizer: training")
-                for _ in self._run(encode.make_tokenizer, [(self.content, units, flags, target)], 1):
-                    pass
+                (model,) = self._run(encode.make_tokenizer, [(self.content, units, flags)], 1)
+            with write_aside(target) as file:
+                file.write(model)
             with write_aside(done) as file:
                 file.write(hash_file(target).encode())
         tokenizer = Tokenizer(target)
@@ -237,9 +238,8 @@ class _Preparation:
             marked = flags.of(number) if flags else None
             return self.content, number, units[number], marked, tokenizer.path, sha256, self.workspace, samples
 
-        for number in self._run_units(encode.encode_unit, todo, job, units, workers):
-            entry = encode.read_ledger(self.workspace, number)
-            assert entry is not None
+        # Taken from the task: another machine's new file may be invisible here for a while (NFS).
+        for number, entry in self._run_units(encode.encode_unit, todo, job, units, workers):
             total.add(entry, samples)
             done = entry.total()
             n_bytes = sum(piece.n_bytes for piece in units[number])

@@ -145,10 +145,10 @@ def test_a_large_file_is_sampled_in_one_pass(tmp_path: Path, kind: str, monkeypa
 
     monkeypatch.setattr(sources if kind == "jsonl" else tables, "open_file", counted)
     monkeypatch.setattr(encode, "train_tokenizer", train)
-    for number in range(2):
+    for _ in range(2):
         Counted.n_bytes = 0
         opened.clear()
-        make_tokenizer(content, units, None, tmp_path / f"{number}.model")
+        make_tokenizer(content, units, None)
         assert len(opened) == 1
         assert Counted.n_bytes <= n_bytes
         assert (Counted.n_bytes > 0) == (kind == "jsonl")
