@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from pipeline.config import PrepareConfig
+from pipeline.config import Content, PrepareConfig
+from pipeline.duplicates import fingerprint_unit, find_duplicates
+from pipeline.errors import UserError
 from pipeline.prepare import prepare
 from pipeline.shards import MANIFEST
 from pipeline.verify import verify
@@ -24,6 +28,26 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], check=True)
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_too_small_for_the_marks_of_duplicates(small_disk: Path) -> None:
+    """They are written through a map: a block that cannot be had would end the process by SIGBUS."""
+    content = Content.model_validate(
+        {
+            "sources": [{"type": "text", "path": "texts"}],
+            "tokenizer": {"path": "m"},
+            "clean": {"exact_duplicates": True},
+        }
+    )
+
+    def run(function: Callable[..., Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        if function is fingerprint_unit:
+            yield 0, {"documents": 1 << 20, "kept": 0}
+        else:
+            yield np.arange(1 << 20)
+
+    with pytest.raises(UserError, match="found: cannot be written: No space left on device"):
+        find_duplicates(content, [()], small_disk, run)
 
 
 def test_a_full_disk(
