@@ -1,5 +1,6 @@
 """A dataset's directory while it is made: one preparation at a time, its log, and what changed since it was begun."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+
+_NOT_TO_BE_WRITTEN = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def config_changes(old: Any, new: Any, key: str) -> list[str]:
@@ -41,18 +45,29 @@ def _hashes(entries: Sequence[dict[str, Any]]) -> dict[str, str | None]:
 
 
 @contextmanager
-def locked(directory: Path, busy: str) -> Iterator[None]:
-    """Hold a directory alone.
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a directory, or a file (made if missing), alone; not held where it cannot be written or has no locks.
+
+    Take a file where other machines may come too: NFS tells them of locks on files open for writing alone.
 
     Raises:
         UserError: with the message `busy`, when another process holds it.
     """
-    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        if error.errno not in _NOT_TO_BE_WRITTEN:
+            raise
+        yield
+        return
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(busy) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         yield
     finally:
         os.close(descriptor)
@@ -66,7 +81,7 @@ class Log:
 
     def __enter__(self) -> Callable[[str], None]:
         try:
-            self._file = open(self._path, "a", buffering=1)
+            self._file = open(self._path, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         except OSError:
             self._file = open(os.devnull, "w")
         return self._say

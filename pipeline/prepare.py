@@ -60,11 +60,12 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
             raise UserError(
                 f"execution.output: {output} holds other files ({min(held)}, …); give a directory of its own"
             )
-        (output / _WORKSPACE).mkdir(exist_ok=True)
+        if MANIFEST not in held:
+            (output / _WORKSPACE).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"execution.output: {output}: cannot be written: {error.strerror}") from None
     busy = f"execution.output: another preparation is writing {output}; wait for it to end"
-    with locked(output, busy), Log(output / LOG) as say:
+    with locked(output / LOG, busy), Log(output / LOG) as say:
         return _Preparation(config, output, say).run(files)
 
 

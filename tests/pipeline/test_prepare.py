@@ -1,5 +1,6 @@
 """The preparation as a whole: the same bytes whatever happens, and bad input that leaves nothing that counts."""
 
+import errno
 import fcntl
 import gzip
 import io
@@ -26,7 +27,7 @@ from pipeline.config import PrepareConfig
 from pipeline.encode import choose_split
 from pipeline.errors import UserError
 from pipeline.locations import Document
-from pipeline.prepare import prepare
+from pipeline.prepare import LOG, prepare
 from pipeline.shards import MANIFEST, TokenDataset
 from pipeline.sources import cut_units, group_units, list_files, read_piece, survey
 from pipeline.tokenizer import Tokenizer
@@ -334,6 +335,28 @@ class TestDataset:
         assert before == {path: path.stat().st_mtime_ns for path in files}
         assert len(files) == len([path for path in output.rglob("*") if path.is_file()]) - 1
 
+    def test_is_found_done_on_a_file_system_without_locks(
+        self, prepared: tuple[PrepareConfig, Path, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", refuse)
+        with redirect_stdout(io.StringIO()) as said:
+            prepare(prepared[0])
+        assert "nothing to do" in said.getvalue()
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a file system needs root")
+    def test_is_found_done_where_nothing_can_be_written(self, prepared: tuple[PrepareConfig, Path, str]) -> None:
+        config, output, _ = prepared
+        subprocess.run(["mount", "-o", "bind,ro", str(output), str(output)], check=True)
+        try:
+            with redirect_stdout(io.StringIO()) as said:
+                prepare(config)
+        finally:
+            subprocess.run(["umount", str(output)], check=True)
+        assert "nothing to do" in said.getvalue()
+
     def test_is_refused_to_another_configuration_or_source(
         self, make_config: MakeConfig, corpus: Path, tmp_path: Path
     ) -> None:
@@ -436,14 +459,12 @@ class TestBadInput:
             prepare(make_config())
 
     def test_two_preparations_of_one_output(self, make_config: MakeConfig, tmp_path: Path) -> None:
+        """The lock is on a file that is open for writing, of which NFS tells other machines."""
         (tmp_path / "data").mkdir()
-        other = os.open(tmp_path / "data", os.O_RDONLY)
-        try:
+        with open(tmp_path / "data" / LOG, "w") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(UserError, match="another preparation is writing"):
                 prepare(make_config())
-        finally:
-            os.close(other)
 
 
 @pytest.mark.parametrize(
