@@ -115,6 +115,8 @@ def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: st
             raise UserError(f"{key}.path: {missing.format(path)}")
         for file in files:
             relative = _without_query(file).removeprefix(root).lstrip("/")
+            if not is_valid_text(relative):
+                raise UserError(f"{key}.path: the name of {file!a} is not UTF-8; rename the file")
             url = filesystem.unstrip_protocol(file)
             if relative in found and found[relative].url != url:
                 raise UserError(
@@ -135,6 +137,15 @@ def _kind(filesystem: Any, path: str, location: str) -> str | None:
         if error.__cause__ is not None and may_pass(error):  # no answer is not the answer that there is nothing
             raise OSError(str(error.__cause__)) from None
         return None
+
+
+def is_valid_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8: without the lone surrogates that JSON and odd file names may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_web(location: str) -> bool:

@@ -23,6 +23,7 @@ from pipeline.locations import (
     file_state,
     find_files,
     is_compressed,
+    is_valid_text,
     open_file,
     read_errors,
 )
@@ -248,6 +249,8 @@ class _JsonlReader:
             if row[self.config.id_field] is None:
                 return UserError(f"{where}: {self.config.id_field!r} (id_field) is null")
             place = str(row[self.config.id_field])
+            if not is_valid_text(place):
+                return UserError(f"{where}: {self.config.id_field!r} (id_field) is no valid text: {place!a:.60}")
         # A lone surrogate is valid JSON and no valid text: it becomes invalid UTF-8 here.
         return Document(place, text.encode("utf-8", "surrogatepass"))
 

@@ -219,10 +219,28 @@ def _rows(table: Any, config: _TableSource, name: str, where: str, first: int) -
 
     # As bytes: Arrow does not check its strings, and the cleaner names what is not UTF-8.
     texts = table.column(config.text_field).cast(pyarrow.large_binary()).to_pylist()
-    ids = table.column(config.id_field).to_pylist() if config.id_field else [None] * len(texts)
+    ids = _ids(table.column(config.id_field)) if config.id_field else [None] * len(texts)
     for row, (text, given) in enumerate(zip(texts, ids, strict=True), first):
         if text is None or (given is None and config.id_field):
             field = config.text_field if text is None else config.id_field
             yield UserError(f"{where}: row {row}: {field!r} is null")
+        elif isinstance(given, UnicodeDecodeError):
+            yield UserError(f"{where}: row {row}: {config.id_field!r} (id_field) is not UTF-8: {given.object!r:.60}")
         else:
             yield Document(f"{name}@{row}" if given is None else str(given), text)
+
+
+def _ids(column: Any) -> list[Any]:
+    """The values of a column; in place of a string that is not UTF-8, the error."""
+    import pyarrow
+
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        values = []
+        for data in column.cast(pyarrow.large_binary()).to_pylist():
+            try:
+                values.append(None if data is None else data.decode())
+            except UnicodeDecodeError as error:
+                values.append(error)
+    return values

@@ -7,6 +7,7 @@ import hashlib
 import http.server
 import json
 import lzma
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -283,6 +284,28 @@ def test_a_row_whose_id_is_null(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl: line at byte 0: 'id' \(id_field\) is null"):
         read(content_of(source))
     assert [item.id for item in read(content_of(source, clean={"on_bad_row": "skip"}))[1]] == ["jsonl:0"]
+
+
+def test_an_id_that_is_no_text(tmp_path: Path) -> None:
+    """It could be neither hashed nor written down."""
+    ids = pyarrow.array([b"a", b"\xff", None, b""]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"id": ids, "text": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
+    lines = [{"id": "a", "text": "a"}, {"id": "\ud800", "text": "b"}, {"id": None, "text": "c"}, {"id": "", "text": "d"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    messages = {"parquet": r"row 1: 'id' .* not UTF-8: b'\\xff'", "jsonl": r"byte 25: 'id' .* valid text: '\\ud800'"}
+    for kind, message in messages.items():
+        source = {"type": kind, "path": str(tmp_path), "id_field": "id"}
+        with pytest.raises(UserError, match=rf"a\.{kind}: .*{message}\. .*clean\.on_bad_row=skip"):
+            read(content_of(source))
+        _, documents, skipped = read(content_of(source, clean={"on_bad_row": "skip"}))
+        assert [document.id for document in documents] == [f"{kind}:a", f"{kind}:"]
+        assert [item.reason for item in skipped] == ["bad_row"] * 2
+
+
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("a")
+    with pytest.raises(UserError, match=r"content\.sources\.0\.path: the name of '.*caf\\udce9\.txt' is not UTF-8"):
+        list_files(content_of({"type": "text", "path": str(tmp_path)}))
 
 
 def test_columns_that_hold_text_and_one_that_does_not(tmp_path: Path) -> None:
