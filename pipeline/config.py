@@ -215,7 +215,7 @@ class Content(StrictModel):
 
     def record(self) -> dict[str, Any]:
         """What the digest covers: everything but paths, for which relative names and hashes stand."""
-        where = {"sources": {"__all__": {"path", "download"}}, "tokenizer": {"path"}}
+        where: dict[str, Any] = {"sources": {"__all__": {"path", "download"}}, "tokenizer": {"path"}}
         return self.model_dump(mode="json", exclude_none=True, exclude=where)
 
 
@@ -258,4 +258,3 @@ class PrepareConfig(StrictModel):
 def is_split_name(name: str) -> bool:
     """Whether a split, and with it its directory, may be called so: letters, digits, - and _."""
     return name.replace("-", "").replace("_", "").isalnum()
-

@@ -53,7 +53,7 @@ def find_duplicates(content: Content, units: Sequence[Unit], workspace: Path, ru
         return None
     folder = workspace / "duplicates"
     folder.mkdir(exist_ok=True)
-    ledgers = {number: found for number in range(len(units)) if (found := _read_ledger(folder, number)) is not None}
+    ledgers = {number: done for number in range(len(units)) if (done := _read_ledger(folder, number)) is not None}
     todo = [(content, number, unit, folder) for number, unit in enumerate(units) if number not in ledgers]
     ledgers |= dict(run(fingerprint_unit, todo))
     entries = [ledgers[number] for number in range(len(units))]

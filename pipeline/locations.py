@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 
 from pipeline.errors import UserError
-from pipeline.remote import RemoteFile, is_remote, may_pass, retry
+from pipeline.remote import RemoteFile, is_remote, retry
 
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
@@ -133,9 +133,7 @@ def _kind(filesystem: Any, path: str, location: str) -> str | None:
         return "directory"
     try:
         return str(retry(filesystem, lambda: filesystem.info(path))["type"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if error.__cause__ is not None and may_pass(error):  # no answer is not the answer that there is nothing
-            raise OSError(str(error.__cause__)) from None
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
@@ -194,7 +192,7 @@ def file_state(url: str) -> str:
     from fsspec.core import url_to_fs
 
     filesystem, path = url_to_fs(url)
-    return str(retry(filesystem, lambda: filesystem.ukey(path)))
+    return str(retry(filesystem, lambda: filesystem.ukey(path), patient=True))
 
 
 class _Closable(Protocol):

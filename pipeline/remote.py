@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 R = TypeVar("R")
 
 _WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
+_MORE_WAIT_SECONDS = (8.0, 16.0, 32.0)
 _LOCAL = {"file", "local", "memory"}
 _TRANSIENT_STATUS = {408, 425, 429}
 _FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
@@ -19,30 +20,45 @@ def is_remote(filesystem: Any) -> bool:
     return not _LOCAL & ({protocols} if isinstance(protocols, str) else set(protocols))
 
 
-def retry(filesystem: Any, function: Callable[[], R]) -> R:
+class UnansweredError(OSError):
+    """A server in trouble, however often it was asked: nothing is said about the file."""
+
+
+def retry(filesystem: Any, function: Callable[[], R], *, patient: bool = False) -> R:
     """Call `function`, on a remote file system again after a while where an error may pass.
 
+    patient: for a minute, since a long job would end, instead of seconds, since somebody waits for the answer.
+
     Raises:
-        OSError: whatever the file system's own error was.
+        UnansweredError: it did not pass.
+        OSError: whatever else the file system's own error was.
     """
     if not is_remote(filesystem):
         return function()
-    for wait in (*_WAIT_SECONDS, None):
+    waits = _WAIT_SECONDS + _MORE_WAIT_SECONDS if patient else _WAIT_SECONDS
+    for wait in (*waits, None):
         try:
             return function()
         except Exception as error:
-            if wait is None or not may_pass(error):
+            cause = _first_cause(error)
+            if not _may_pass(cause):
                 if isinstance(error, OSError):
                     raise
                 raise OSError(f"{type(error).__name__}: {error}") from error
+            if wait is None:
+                raise UnansweredError(f"asked {len(waits) + 1} times: {type(cause).__name__}: {cause}") from error
         time.sleep(wait)
     raise AssertionError
 
 
-def may_pass(error: BaseException) -> bool:
-    """Whether the same call may succeed later: no answer, or a server's trouble, rather than a refusal."""
+def _first_cause(error: BaseException) -> BaseException:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
+    return error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same call may succeed later: no answer, or a server's trouble, rather than a refusal."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(status, int):
         return status >= 500 or status in _TRANSIENT_STATUS
@@ -61,7 +77,7 @@ class RemoteFile(io.RawIOBase):
         self._file: Any = None
         self._position = 0
         self._options: dict[str, Any] = {}
-        self._size: int | None = retry(filesystem, lambda: getattr(self._opened(), "size", None))
+        self._size: int | None = retry(filesystem, lambda: getattr(self._opened(), "size", None), patient=True)
 
     def _opened(self) -> Any:
         if self._file is None:
@@ -88,7 +104,7 @@ class RemoteFile(io.RawIOBase):
         return offset
 
     def readinto(self, buffer: Any) -> int:
-        data = retry(self._filesystem, lambda: self._read(len(buffer)))
+        data = retry(self._filesystem, lambda: self._read(len(buffer)), patient=True)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -28,7 +28,10 @@ from pipeline.locations import (
     read_errors,
 )
 from pipeline.order import derive_key, keyed_hash
+from pipeline.remote import UnansweredError
 from pipeline.tables import DatasetsReader, ParquetReader
+
+_NO_DAMAGE = (UnansweredError, FileNotFoundError, PermissionError)
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ def survey(content: Content, file: SourceFile) -> Survey:
         if not size and is_compressed(file.url):
             raise EOFError("a compressed file is never empty")
         pieces = tuple(reader(content.sources[file.source]).pieces(file, size, content.unit_bytes))
+    except UnansweredError as error:
+        raise _unanswered(file.url, error) from None
     except read_errors() as error:
         if content.clean.on_unreadable_file == "skip":
             return Survey(file, size, sha256, (), {"unreadable_file": 1})
@@ -98,6 +103,13 @@ def _unreadable(url: str, error: BaseException) -> UserError:
     return UserError(
         f"{url}: cannot be read: {reason}. Mend or remove the file, or leave such files out "
         "with content.clean.on_unreadable_file=skip."
+    )
+
+
+def _unanswered(url: str, error: BaseException) -> UserError:
+    return UserError(
+        f"{url}: cannot be read now: {' '.join(str(error).split())}. That is no damage, which could be left out. "
+        "Run the same command again once all machines can read the file: finished work is kept."
     )
 
 
@@ -170,6 +182,9 @@ def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
             else:
                 raise UserError(f"{item}. Mend it, or leave such rows out with content.clean.on_bad_row=skip.")
     except read_errors() as error:
+        # Its bytes could be read when they were hashed.
+        if isinstance(error, _NO_DAMAGE) or getattr(error, "errno", None) is not None:
+            raise _unanswered(piece.url, error) from None
         if content.clean.on_unreadable_file == "error":
             raise _unreadable(piece.url, error) from None
         if has_rows(source, piece.url):

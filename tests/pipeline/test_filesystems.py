@@ -20,7 +20,7 @@ from pyarrow import parquet
 from pipeline import remote
 from pipeline.config import Content, PrepareConfig
 from pipeline.errors import UserError
-from pipeline.locations import Document, open_file
+from pipeline.locations import Document, Piece, open_file
 from pipeline.prepare import prepare
 from pipeline.sources import cut_units, list_files, read_piece, survey
 
@@ -93,6 +93,7 @@ def served(folder: Path, **manners: Any) -> Iterator[tuple[str, Any]]:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_WAIT_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(remote, "_MORE_WAIT_SECONDS", (0.0,))
 
 
 def content_of(**source: Any) -> Content:
@@ -175,10 +176,12 @@ def test_a_server_that_stays_broken(folder: Path) -> None:
         config = content_of(type="jsonl", path=f"{address}/a.jsonl")
         files = list_files(config)
         handler.failures = 1_000_000
-        with pytest.raises(UserError, match=r"a\.jsonl: cannot be read: .*on_unreadable_file=skip"):
-            survey(config, files[0])
         skip = config.model_copy(update={"clean": config.clean.model_copy(update={"on_unreadable_file": "skip"})})
-        assert survey(skip, files[0]).skipped == {"unreadable_file": 1}
+        with pytest.raises(UserError, match=r"a\.jsonl: cannot be read now: asked \d times: .*503.* no damage"):
+            survey(skip, files[0])
+        piece = Piece(0, "a.jsonl", files[0].url, 0, len(LINES), len(LINES))
+        with pytest.raises(UserError, match=r"a\.jsonl: cannot be read now: asked \d times: .*503.* no damage"):
+            list(read_piece(skip, piece))
         with pytest.raises(UserError, match=r"content\.sources\.0\.path: .*a\.jsonl: .*503"):
             list_files(config)
         handler.failures = 0

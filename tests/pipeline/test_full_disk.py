@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.config import Content, PrepareConfig
-from pipeline.duplicates import fingerprint_unit, find_duplicates
+from pipeline.duplicates import find_duplicates, fingerprint_unit
 from pipeline.errors import UserError
 from pipeline.prepare import prepare
 from pipeline.shards import MANIFEST

@@ -290,7 +290,12 @@ def test_an_id_that_is_no_text(tmp_path: Path) -> None:
     """It could be neither hashed nor written down."""
     ids = pyarrow.array([b"a", b"\xff", None, b""]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"id": ids, "text": ["a", "b", "c", "d"]}), tmp_path / "a.parquet")
-    lines = [{"id": "a", "text": "a"}, {"id": "\ud800", "text": "b"}, {"id": None, "text": "c"}, {"id": "", "text": "d"}]
+    lines = [
+        {"id": "a", "text": "a"},
+        {"id": "\ud800", "text": "b"},
+        {"id": None, "text": "c"},
+        {"id": "", "text": "d"},
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     messages = {"parquet": r"row 1: 'id' .* not UTF-8: b'\\xff'", "jsonl": r"byte 25: 'id' .* valid text: '\\ud800'"}
     for kind, message in messages.items():
@@ -327,6 +332,18 @@ def test_a_compressed_file_of_no_bytes(tmp_path: Path, ending: str) -> None:
     (tmp_path / "b.jsonl").touch()  # a file without lines, which is nothing wrong
     with pytest.raises(UserError, match=rf"a\.jsonl\.{ending}: cannot be read: a compressed file is never empty"):
         read(content_of({"type": "jsonl", "path": str(tmp_path)}))
+
+
+def test_a_file_that_goes_after_it_was_hashed(tmp_path: Path) -> None:
+    """No damage to be skipped: whole nodes without a mount would leave their share of the corpus out."""
+    for kind in ("jsonl", "parquet", "text"):
+        file = tmp_path / f"a.{kind}"
+        parquet.write_table(pyarrow.table({"text": ["a"]}), file) if kind == "parquet" else file.write_bytes(LINES)
+        config = content_of({"type": kind, "path": str(file)}, clean={"on_unreadable_file": "skip"})
+        (piece,) = survey(config, list_files(config)[0]).pieces
+        file.unlink()
+        with pytest.raises(UserError, match=rf"a\.{kind}: cannot be read now: .*No such file.* no damage"):
+            list(read_piece(config, piece))
 
 
 def test_null_rows_of_a_table(tmp_path: Path) -> None:
