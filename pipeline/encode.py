@@ -5,6 +5,7 @@ may run it, and run it again. `workspace` is the directory of intermediate files
 """
 
 import json
+import socket
 from bisect import insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.locations import Document, Piece, Skipped, SourceFile
 from pipeline.order import derive_key, keyed_hash
 from pipeline.shards import TRAIN, Shard, ShardRecord, ShardWriter, bin_path, idx_path, read_index
-from pipeline.sources import Survey, read_piece, reading_order, survey
+from pipeline.sources import Survey, changed, read_piece, reading_order, survey
 from pipeline.tokenizer import Tokenizer, train_tokenizer
 
 if TYPE_CHECKING:
@@ -134,9 +135,24 @@ def choose_split(document_id: str, content: Content) -> str:
     return TRAIN
 
 
-def survey_files(content: Content, files: Sequence[SourceFile]) -> list[Survey]:
-    """Hash files and cut them into pieces."""
+def survey_files(content: Content, files: Sequence[SourceFile], workspace: Path | None = None) -> list[Survey]:
+    """Hash files and cut them into pieces, on a machine that sees `workspace` where one is given."""
+    if workspace is not None:
+        _check_shared(workspace)
     return [survey(content, file) for file in files]
+
+
+def _check_shared(workspace: Path) -> None:
+    if not workspace.is_dir():
+        raise UserError(
+            f"execution.output: {workspace.parent} is not seen from {socket.gethostname()}, which runs tasks of the "
+            "cluster: name a directory on a file system that all its machines share"
+        )
+
+
+def changed_files(files: Sequence[tuple[str, tuple[Any, ...]]]) -> list[str]:
+    """Of files, each with its state when it was hashed, the addresses of those that are another by now."""
+    return [url for url, state in files if changed(url, state)]
 
 
 def documents(content: Content, unit: Unit, flags: np.ndarray | None = None) -> Iterator[Prepared]:
@@ -229,6 +245,7 @@ def encode_unit(
     """Tokenize a unit, write its tokens by split and enter it in the ledger, unless it is there; (number, entry)."""
     if (done := read_ledger(workspace, number)) is not None:
         return number, done  # by an earlier run of this task, whose worker died at a later unit
+    _check_shared(workspace)
     model = _load_tokenizer(tokenizer, tokenizer_sha256)
     encoded: dict[str, list[np.ndarray]] = {split: [] for split in split_names(content)}
     ledger = Ledger()

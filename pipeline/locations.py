@@ -187,12 +187,13 @@ def _compression(url: str) -> str | None:
     return method
 
 
-def file_state(url: str) -> str:
-    """Changes when the file does, as far as its file system can tell."""
+def file_state(url: str) -> tuple[Any, ...]:
+    """Changes when the file's content does, as far as its file system can tell: size, time of writing, tag."""
     from fsspec.core import url_to_fs
 
     filesystem, path = url_to_fs(url)
-    return str(retry(filesystem, lambda: filesystem.ukey(path), patient=True))
+    facts = retry(filesystem, lambda: filesystem.info(path), patient=True)
+    return tuple(facts.get(name) for name in ("size", "mtime", "ETag"))
 
 
 class _Closable(Protocol):

@@ -87,6 +87,7 @@ class _Preparation:
                 tokenizer = self._tokenizer(units, flags)
             with self._stage("encode"):
                 ledger = self._encode(units, flags, tokenizer, workers)
+                self._refuse_changed_files(surveys, workers)
             with self._stage("write"):
                 shards = self._write(len(units), ledger, tokenizer, workers)
         return self._commit(surveys, tokenizer, ledger, shards)
@@ -111,7 +112,7 @@ class _Preparation:
         return encode.survey_files(self.content, files)
 
     def _scan(self, files: Sequence[SourceFile], workers: int) -> tuple[list[Survey], list[encode.Unit]]:
-        jobs = [(self.content, batch) for batch in _batches(files, workers)]
+        jobs = [(self.content, batch, self.workspace) for batch in _batches(files, workers)]
         progress = Progress("scan", len(files), "files", self.say)
         surveys: list[Survey] = []
         for batch in self._run(encode.survey_files, jobs, workers):
@@ -247,6 +248,16 @@ class _Preparation:
             progress.add(1, documents=done.documents, tokens=done.tokens, n_bytes=n_bytes)
         return total
 
+    def _refuse_changed_files(self, surveys: Sequence[Survey], workers: int) -> None:
+        """Of a file that was written to while it was read, nobody knows which content the units hold."""
+        read = [(found.file.url, found.state) for found in surveys if found.state]
+        for urls in self._run(encode.changed_files, [(batch,) for batch in _batches(read, workers)], workers):
+            if urls:
+                raise UserError(
+                    f"{urls[0]}: changed after it was hashed. If only its time did, run the same command again. "
+                    f"Otherwise delete {self.workspace}, in which text of both contents may lie, and start again."
+                )
+
     def _write(
         self, units: int, ledger: encode.Ledger, tokenizer: Tokenizer, workers: int
     ) -> dict[str, list[ShardRecord]]:
@@ -335,7 +346,7 @@ class _Preparation:
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
 
-def _batches(files: Sequence[SourceFile], workers: int) -> list[list[SourceFile]]:
+def _batches(files: Sequence[R], workers: int) -> list[list[R]]:
     """Several files a task where there are many, and still several tasks a worker."""
     size = min(max(1, len(files) // (8 * workers)), _FILES_AT_ONCE)
     return [list(files[start : start + size]) for start in range(0, len(files), size)]

@@ -39,6 +39,7 @@ class Survey:
     """What one look at a whole file tells; `skipped` counts, by reason, what cannot be read and is left out.
 
     `size` (bytes) and `sha256` (hex) are those of the file as it lies there, packed or damaged; None: not to be read.
+    `state` is that of the file before it was hashed, see `file_state`.
     """
 
     file: SourceFile
@@ -46,6 +47,7 @@ class Survey:
     sha256: str | None
     pieces: tuple[Piece, ...]
     skipped: dict[str, int] = field(default_factory=dict)
+    state: tuple[Any, ...] = ()
 
     def record(self, names: Sequence[str]) -> dict[str, Any]:
         """The manifest's entry: source name, relative name, size in bytes, SHA-256, and whether it was left out."""
@@ -83,7 +85,9 @@ def list_files(content: Content) -> list[SourceFile]:
 def survey(content: Content, file: SourceFile) -> Survey:
     """Hash a file and cut it into pieces."""
     size = sha256 = None
+    state: tuple[Any, ...] = ()
     try:
+        state = file_state(file.url)
         with open_file(file.url, compression=None) as stream:
             size, sha256 = hash_stream(stream)
         if not size and is_compressed(file.url):
@@ -95,7 +99,17 @@ def survey(content: Content, file: SourceFile) -> Survey:
         if content.clean.on_unreadable_file == "skip":
             return Survey(file, size, sha256, (), {"unreadable_file": 1})
         raise _unreadable(file.url, error) from None
-    return Survey(file, size, sha256, pieces)
+    return Survey(file, size, sha256, pieces, state=state)
+
+
+def changed(url: str, state: tuple[Any, ...]) -> bool:
+    """Whether a file is no longer in the state in which it was hashed."""
+    try:
+        return file_state(url) != state
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise _unanswered(url, error) from None
 
 
 def _unreadable(url: str, error: BaseException) -> UserError:

@@ -1,6 +1,8 @@
 """What a file system does that several machines share."""
 
 import io
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -9,7 +11,11 @@ import pytest
 
 from pipeline import duplicates, encode
 from pipeline.config import PrepareConfig
+from pipeline.encode import survey_files
+from pipeline.errors import UserError
 from pipeline.prepare import prepare
+from pipeline.shards import MANIFEST
+from pipeline.sources import list_files
 
 MakeConfig = Callable[..., PrepareConfig]
 
@@ -25,3 +31,44 @@ def test_files_that_workers_wrote_may_be_invisible_for_a_while(
     with redirect_stdout(io.StringIO()) as printed:
         assert prepare(make_config(**settings))["digest"] == visible["digest"]
     assert "60 documents" in printed.getvalue()
+
+
+def test_an_output_that_a_machine_of_the_cluster_does_not_see(make_config: MakeConfig, tmp_path: Path) -> None:
+    content = make_config().content
+    with pytest.raises(UserError, match=r"execution\.output: .*here is not seen from .*: name a directory on a file"):
+        survey_files(content, list_files(content), tmp_path / "here" / ".work")
+
+
+def test_a_source_that_changes_while_it_is_read(
+    make_config: MakeConfig, ray_address: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest must not give tokens of the new content the hash of the old one."""
+    shutil.copytree(corpus, tmp_path / "texts")
+    file = tmp_path / "texts" / "07.txt"
+    config = make_config(sources=[{"type": "text", "path": str(tmp_path / "texts")}])
+    read_ledger = encode.read_ledger
+
+    def write(workspace: Path, number: int) -> encode.Ledger | None:
+        """Encoding begins."""
+        file.write_text("another text")
+        return read_ledger(workspace, number)
+
+    def touch(workspace: Path, number: int) -> encode.Ledger | None:
+        os.utime(file)
+        return read_ledger(workspace, number)
+
+    monkeypatch.setattr(encode, "read_ledger", write)
+    with pytest.raises(UserError, match=r"07\.txt: changed after it was hashed"):
+        prepare(config)
+    assert not (tmp_path / "data" / MANIFEST).exists()
+    monkeypatch.setattr(encode, "read_ledger", read_ledger)
+    with pytest.raises(UserError, match=r"source file text:07\.txt: changed"):
+        prepare(config)
+
+    shutil.copy(corpus / file.name, file)
+    shutil.rmtree(tmp_path / "data")
+    monkeypatch.setattr(encode, "read_ledger", touch)
+    with pytest.raises(UserError, match=r"If only its time did, run the same command again"):
+        prepare(config)
+    monkeypatch.setattr(encode, "read_ledger", read_ledger)
+    prepare(config)
