@@ -22,6 +22,7 @@ from pipeline.locations import Piece, SourceFile
 R = TypeVar("R")
 
 _STOP_CHECK_SECONDS = 0.5
+_CPU_COUNT_SECONDS = 5.0
 _CONNECT_SECONDS = 10
 _HEAD_CHECK_SECONDS = 2
 _HEAD_SILENT_SECONDS = 15
@@ -44,7 +45,7 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
     import ray
 
     if ray.is_initialized():
-        yield execution.workers or int(ray.cluster_resources().get("CPU", 1))
+        yield execution.workers or _cluster_cpus()
         return
     address = execution.ray_address or os.environ.get("RAY_ADDRESS")
     if address not in (None, "local"):
@@ -56,7 +57,7 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
             raise UserError(f"execution.ray_address (or RAY_ADDRESS): {address}: cannot be reached: {error}") from None
         try:
             with _watched_head():
-                yield execution.workers or int(ray.cluster_resources().get("CPU", 1))
+                yield execution.workers or _cluster_cpus()
         finally:
             ray.shutdown()
         return
@@ -172,14 +173,22 @@ def end_for_lost_cluster(error: ClusterLostError) -> None:
     os._exit(1)
 
 
+def _cluster_cpus() -> int:
+    import ray
+
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
 def run_tasks(
     function: Callable[..., R],
     jobs: Iterable[tuple[Any, ...]],
-    workers: int,
+    workers: int | None,
     resources: TaskResources,
     name: str | None = None,
 ) -> Iterator[R]:
     """Run `function(*job)` for every job, `workers` at a time, and yield the results as they come.
+
+    workers: None: as many as the cluster has CPUs, also those that join it later.
 
     Jobs are drawn from the iterable when a worker is free. A task whose worker dies is run again. Ray shows tasks under
     `name`, by default the function's.
@@ -202,16 +211,26 @@ def run_tasks(
         name=name,
     )(function)
     waiting = iter(jobs)
-    running = {task.remote(*job): job for job in islice(waiting, workers)}
+    running: dict[Any, tuple[Any, ...]] = {}
     job: tuple[Any, ...] = ()
+    limit, counted = workers or _cluster_cpus(), time.monotonic()
+
+    def fill() -> None:
+        for job in islice(waiting, max(0, limit - len(running))):
+            running[task.remote(*job)] = job
+
     try:
+        fill()
         while running:
+            if workers is None and time.monotonic() - counted > _CPU_COUNT_SECONDS:
+                limit, counted = _cluster_cpus(), time.monotonic()
+                fill()
             # With a time limit, so that an interrupt is seen.
             finished, _ = ray.wait(list(running), num_returns=1, timeout=_STOP_CHECK_SECONDS)
             for reference in finished:
                 job = running.pop(reference)
                 result = ray.get(reference)
-                running |= {task.remote(*job): job for job in islice(waiting, 1)}
+                fill()
                 yield result
     except exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):

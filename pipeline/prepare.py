@@ -82,14 +82,14 @@ class _Preparation:
             with self._stage("scan"):
                 surveys, units = self._scan(files, workers)
             with self._stage("duplicates"):
-                flags = self._duplicates(units, workers)
+                flags = self._duplicates(units)
             with self._stage("tokenizer"):
                 tokenizer = self._tokenizer(units, flags)
             with self._stage("encode"):
-                ledger = self._encode(units, flags, tokenizer, workers)
+                ledger = self._encode(units, flags, tokenizer)
                 self._refuse_changed_files(surveys, workers)
             with self._stage("write"):
-                shards = self._write(len(units), ledger, tokenizer, workers)
+                shards = self._write(len(units), ledger, tokenizer)
         return self._commit(surveys, tokenizer, ledger, shards)
 
     @contextmanager
@@ -115,7 +115,7 @@ class _Preparation:
         jobs = [(self.content, batch, self.workspace) for batch in _batches(files, workers)]
         progress = Progress("scan", len(files), "files", self.say)
         surveys: list[Survey] = []
-        for batch in self._run(encode.survey_files, jobs, workers):
+        for batch in self._run(encode.survey_files, jobs):
             surveys += batch
             progress.add(len(batch), n_bytes=sum(found.size or 0 for found in batch))
         surveys.sort(key=lambda found: (found.file.source, found.file.name))
@@ -172,9 +172,10 @@ class _Preparation:
             )
 
     def _run(
-        self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], workers: int, name: str | None = None
+        self, function: Callable[..., Any], jobs: Iterable[tuple[Any, ...]], name: str | None = None
     ) -> Iterator[Any]:
-        return run_tasks(function, jobs, workers, self.config.execution.task, name)
+        execution = self.config.execution
+        return run_tasks(function, jobs, execution.workers, execution.task, name)
 
     def _run_units(
         self,
@@ -182,23 +183,22 @@ class _Preparation:
         todo: Sequence[int],
         job: Callable[[int], tuple[Any, ...]],
         units: Sequence[encode.Unit],
-        workers: int,
     ) -> Iterator[R]:
         """Run `function(*job(number))` for the units of these numbers; those that are read in sequence are one task."""
         wanted = set(todo)
         groups = ([number for number in group if number in wanted] for group in group_units(units))
         tasks = ((function, [job(number) for number in group]) for group in groups if group)
-        for results in self._run(in_sequence, tasks, workers, function.__name__):
+        for results in self._run(in_sequence, tasks, function.__name__):
             yield from results
 
-    def _duplicates(self, units: Sequence[encode.Unit], workers: int) -> Flags | None:
+    def _duplicates(self, units: Sequence[encode.Unit]) -> Flags | None:
         def run(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
             progress = Progress(f"duplicates ({function.__name__.replace('_', ' ')})", len(jobs), "parts", self.say)
             if function is fingerprint_unit:
                 by_unit = {job[1]: job for job in jobs}
-                results = self._run_units(function, list(by_unit), by_unit.__getitem__, units, workers)
+                results = self._run_units(function, list(by_unit), by_unit.__getitem__, units)
             else:
-                results = self._run(function, jobs, workers)
+                results = self._run(function, jobs)
             for result in results:
                 progress.add(1)
                 yield result
@@ -213,7 +213,7 @@ class _Preparation:
                 model = Tokenizer(Path(self.content.tokenizer.path).expanduser()).path.read_bytes()
             else:
                 self.say("tokenizer: training")
-                (model,) = self._run(encode.make_tokenizer, [(self.content, units, flags)], 1)
+                (model,) = self._run(encode.make_tokenizer, [(self.content, units, flags)])
             with write_aside(target) as file:
                 file.write(model)
             with write_aside(done) as file:
@@ -222,9 +222,7 @@ class _Preparation:
         self.say(f"tokenizer: {tokenizer.vocab_size} pieces")
         return tokenizer
 
-    def _encode(
-        self, units: Sequence[encode.Unit], flags: Flags | None, tokenizer: Tokenizer, workers: int
-    ) -> encode.Ledger:
+    def _encode(self, units: Sequence[encode.Unit], flags: Flags | None, tokenizer: Tokenizer) -> encode.Ledger:
         total, todo = encode.Ledger(), []
         sha256, samples = hash_file(tokenizer.path), self.config.execution.dropped_samples
         for number in range(len(units)):
@@ -241,7 +239,7 @@ class _Preparation:
             return self.content, number, units[number], marked, tokenizer.path, sha256, self.workspace, samples
 
         # Taken from the task: another machine's new file may be invisible here for a while (NFS).
-        for number, entry in self._run_units(encode.encode_unit, todo, job, units, workers):
+        for number, entry in self._run_units(encode.encode_unit, todo, job, units):
             total.add(entry, samples)
             done = entry.total()
             n_bytes = sum(piece.n_bytes for piece in units[number])
@@ -251,16 +249,14 @@ class _Preparation:
     def _refuse_changed_files(self, surveys: Sequence[Survey], workers: int) -> None:
         """Of a file that was written to while it was read, nobody knows which content the units hold."""
         read = [(found.file.url, found.state) for found in surveys if found.state]
-        for urls in self._run(encode.changed_files, [(batch,) for batch in _batches(read, workers)], workers):
+        for urls in self._run(encode.changed_files, [(batch,) for batch in _batches(read, workers)]):
             if urls:
                 raise UserError(
                     f"{urls[0]}: changed after it was hashed. If only its time did, run the same command again. "
                     f"Otherwise delete {self.workspace}, in which text of both contents may lie, and start again."
                 )
 
-    def _write(
-        self, units: int, ledger: encode.Ledger, tokenizer: Tokenizer, workers: int
-    ) -> dict[str, list[ShardRecord]]:
+    def _write(self, units: int, ledger: encode.Ledger, tokenizer: Tokenizer) -> dict[str, list[ShardRecord]]:
         shards: dict[str, dict[int, ShardRecord]] = {}
         jobs: list[tuple[Any, ...]] = []
         for split in encode.split_names(self.content):
@@ -274,7 +270,7 @@ class _Preparation:
                 for number, parts in enumerate(plan)
             ]
         progress = Progress("write", len(jobs), "shards", self.say)
-        for split, number, record in self._run(encode.assemble_shard, jobs, workers):
+        for split, number, record in self._run(encode.assemble_shard, jobs):
             shards[split][number] = record
             progress.add(1, n_bytes=record.bytes)
         self.say(f"write: {len(jobs)} shards, {sum(r.bytes for s in shards.values() for r in s.values()) / 1e6:.1f} MB")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline import cluster
 from pipeline.cluster import run_tasks
 from pipeline.config import PrepareConfig, TaskResources
 from pipeline.errors import UserError
@@ -32,6 +33,23 @@ MakeConfig = Callable[..., PrepareConfig]
 def test_tasks_that_no_node_can_run(ray_address: str, wanted: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         next(run_tasks(abs, [(1,)], 1, TaskResources.model_validate(wanted)))
+
+
+def _meet(folder: Path, number: int, of: int) -> int:
+    (folder / str(number)).touch()
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < of and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return len(list(folder.iterdir()))
+
+
+def test_nodes_that_join_later_are_used(ray_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the tasks waits for the other; at first there is one CPU."""
+    cpus = iter([1, 2])
+    monkeypatch.setattr(cluster, "_cluster_cpus", lambda: next(cpus, 2))
+    monkeypatch.setattr(cluster, "_CPU_COUNT_SECONDS", 0.1)
+    jobs = [(tmp_path, number, 2) for number in range(2)]
+    assert list(run_tasks(_meet, jobs, None, TaskResources())) == [2, 2]
 
 
 def _die(unit: tuple[Piece, ...]) -> None:
