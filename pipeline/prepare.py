@@ -32,7 +32,7 @@ from pipeline.locations import SourceFile
 from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
-from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, read_manifest
+from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, bin_path, idx_path, read_manifest
 from pipeline.sources import Survey, cut_units, group_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
@@ -306,10 +306,9 @@ class _Preparation:
                 "by_source": {source: counts.record() for source, counts in by_source.items()},
                 "shards": [asdict(record) for record in records],
             }
-            for file in (self.output / split).iterdir():
-                if is_aside(file):
-                    file.unlink()
+            self._remove_others(self.output / split, records)
             sync_directory(self.output / split)
+        self._remove_others(self.output, [])
         manifest = new_manifest(
             content=inputs["content"],
             sources=inputs["sources"],
@@ -332,6 +331,14 @@ class _Preparation:
             self.say(f"dropped: {count} {reason}")
         self.say(f"done: {self.output}, digest {manifest['digest']}")
         return manifest
+
+    @staticmethod
+    def _remove_others(folder: Path, records: Sequence[ShardRecord]) -> None:
+        """Remove what killed processes and abandoned attempts left: files half written, shards that are not ours."""
+        ours = {path(folder / record.name) for record in records for path in (bin_path, idx_path)}
+        for file in folder.iterdir():
+            if is_aside(file) or (file.name.startswith("shard-") and file not in ours):
+                file.unlink()
 
     def _write_samples(self, ledger: encode.Ledger) -> None:
         if self.config.execution.dropped_samples:

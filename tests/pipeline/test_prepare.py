@@ -335,6 +335,16 @@ class TestDataset:
         assert before == {path: path.stat().st_mtime_ns for path in files}
         assert len(files) == len([path for path in output.rglob("*") if path.is_file()]) - 1
 
+    def test_holds_nothing_of_an_attempt_that_was_given_up(self, make_config: MakeConfig, tmp_path: Path) -> None:
+        """Who reads all shard-* of a directory, as Megatron's users do, would read those too."""
+        left = tmp_path / "data" / f".manifest.json.{'0' * 32}", tmp_path / "data" / "train" / "shard-00099.bin"
+        left[1].parent.mkdir(parents=True)
+        for file in (*left, tmp_path / "data" / LOG):
+            file.touch()
+        prepare(make_config())
+        assert not any(file.exists() for file in left)
+        assert list(verify(tmp_path / "data")) == []
+
     def test_is_found_done_on_a_file_system_without_locks(
         self, prepared: tuple[PrepareConfig, Path, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
