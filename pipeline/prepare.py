@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence
 from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
 from pipeline.errors import UserError, run_command
-from pipeline.locations import SourceFile
+from pipeline.locations import SourceFile, open_file, read_errors
 from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
@@ -119,6 +119,7 @@ class _Preparation:
             surveys += batch
             progress.add(len(batch), n_bytes=sum(found.size or 0 for found in batch))
         surveys.sort(key=lambda found: (found.file.source, found.file.name))
+        _refuse_missing_mounts(surveys)
         self._bind_workspace(self._inputs(surveys))
         units = cut_units(surveys, self.content)
         n_bytes = sum(piece.n_bytes for unit in units for piece in unit)
@@ -347,6 +348,17 @@ class _Preparation:
                     for sample in samples:
                         line = {name: value for name, value in sample.items() if name != "order"}
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+
+def _refuse_missing_mounts(surveys: Sequence[Survey]) -> None:
+    """Refuse to skip what this machine can open: a node without the mount would leave its share of the corpus out."""
+    for url in (found.file.url for found in surveys if found.sha256 is None):
+        with suppress(*read_errors()):
+            open_file(url, compression=None).close()
+            raise UserError(
+                f"{url}: can be read here, but not on another machine of the cluster: sources must lie where all its "
+                "machines see them. Mount them there, or leave that machine out with execution.task.resources."
+            )
 
 
 def _batches(files: Sequence[R], workers: int) -> list[list[R]]:

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import duplicates, encode
-from pipeline.config import PrepareConfig
+from pipeline.config import Content, PrepareConfig
 from pipeline.encode import survey_files
 from pipeline.errors import UserError
+from pipeline.locations import SourceFile
 from pipeline.prepare import prepare
 from pipeline.shards import MANIFEST
-from pipeline.sources import list_files
+from pipeline.sources import Survey, list_files
 
 MakeConfig = Callable[..., PrepareConfig]
 
@@ -37,6 +38,20 @@ def test_an_output_that_a_machine_of_the_cluster_does_not_see(make_config: MakeC
     content = make_config().content
     with pytest.raises(UserError, match=r"execution\.output: .*here is not seen from .*: name a directory on a file"):
         survey_files(content, list_files(content), tmp_path / "here" / ".work")
+
+
+def test_a_source_that_a_machine_of_the_cluster_does_not_see(
+    make_config: MakeConfig, ray_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where unreadable files are skipped, what is only missing there would be left out too."""
+
+    def survey_there(content: Content, file: SourceFile) -> Survey:
+        return Survey(file, None, None, (), {"unreadable_file": 1})
+
+    monkeypatch.setattr(encode, "survey", survey_there)
+    monkeypatch.setattr("pipeline.prepare.run_tasks", lambda function, jobs, *_: (function(*job) for job in jobs))
+    with pytest.raises(UserError, match=r"00\.txt: can be read here, but not on another machine of the cluster"):
+        prepare(make_config(clean={"on_unreadable_file": "skip"}))
 
 
 def test_a_source_that_changes_while_it_is_read(
