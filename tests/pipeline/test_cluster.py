@@ -64,10 +64,7 @@ def test_a_task_whose_worker_never_survives(ray_address: str) -> None:
         next(run_tasks(_die, [((),)], 1, TaskResources(retries=0)))
 
 
-@pytest.mark.parametrize(("environment", "deaths"), [({}, 2), ({"RAY_task_oom_retries": "0"}, 1)])
-def test_memory_that_runs_out_every_time(
-    make_config: MakeConfig, tmp_path: Path, environment: dict[str, str], deaths: int
-) -> None:
+def test_memory_that_runs_out_every_time(make_config: MakeConfig, tmp_path: Path) -> None:
     """Ray's memory monitor ends every worker here; it would let the task start again for ever."""
     config = tmp_path / "config.json"
     (tmp_path / "slow_hook.py").write_text("import time\ndef wait(document_id, text):\n    time.sleep(60)\n")
@@ -80,13 +77,24 @@ def test_memory_that_runs_out_every_time(
         cwd=tmp_path,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
         | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
-        | environment,
+        | {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"},
     )
     assert job.returncode == 2, job.stderr
-    assert f"the worker died {deaths} times (OutOfMemoryError)" in job.stderr
+    assert "the worker died 2 times (OutOfMemoryError)" in job.stderr
     assert "content.unit_bytes" in job.stderr
     assert str(tmp_path) in job.stderr or "corpus" in job.stderr  # the file it was at
+
+
+def test_ray_s_own_limit_of_retries_without_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "RAY_task_oom_retries"
+    for given, during in ((None, "3"), ("0", "0")):
+        if given is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, given)
+        with cluster._retries_without_memory(TaskResources(retries=3)):
+            assert os.environ[name] == during
+        assert os.environ.get(name) == given
 
 
 def test_a_head_node_that_dies(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
