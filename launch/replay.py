@@ -132,8 +132,9 @@ class Sender:
         facts = self._facts
         experiment = self._client.get_experiment_by_name(facts["experiment"])
         if experiment is None:
-            local = str(self._state["uri"]).startswith("sqlite:")
-            artifacts = (self._directory.path / "artifacts").as_uri() if local else None
+            # A server says itself where artifacts lie. Those of a file lie beside it: other runs may share it.
+            kind, _, file = str(self._state["uri"]).partition(":///")
+            artifacts = (Path(file).absolute().parent / "artifacts").as_uri() if kind == "sqlite" else None
             experiment_id = self._client.create_experiment(facts["experiment"], artifact_location=artifacts)
         else:
             experiment_id = experiment.experiment_id

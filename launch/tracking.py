@@ -172,6 +172,8 @@ def run_facts(config: RunConfig, datasets: list[dict[str, Any]], world_size: int
             "host": platform.node(),
             "python": platform.python_version(),
             "world_size": str(world_size),
+            "mlflow.source.name": "launch/train.py",  # MLflow shows the commit beside it, and not without it
+            "mlflow.source.type": "LOCAL",
             **{f"version.{name}": version for name in PACKAGES if (version := _version(name))},
             **_git_tags(),
         },

@@ -125,6 +125,17 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert not Path("mlruns").exists()
 
 
+def test_runs_that_share_a_file_keep_their_artifacts_beside_it(config: RunConfig, tmp_path: Path) -> None:
+    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "enabled": False})
+    for name in ("first", "second"):
+        run = config.run.model_copy(update={"dir": tmp_path / name})
+        shared = config.model_copy(update={"run": run, "tracking": tracking})
+        Tracker(open_directory(shared), shared, attempt=0).close("FINISHED")
+        Sender(RunDirectory(run.dir)).send_new()
+    sent = {path.read_text() for path in (tmp_path / "artifacts").rglob("config.yaml")}
+    assert sent == {(tmp_path / name / "config.yaml").read_text() for name in ("first", "second")}
+
+
 def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:
     directory.system.mkdir()
 
