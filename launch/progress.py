@@ -31,7 +31,7 @@ class Pace:
         self._world_size = processes.world_size
         self._gpu = processes.device.type == "cuda"
         self._peak = config.train.peak_tflops or self._known_peak(config)
-        self._recent: list[float] = []
+        self._recent: list[float] | None = None
         self._began = self._ready = 0.0
         self._mark: float | None = None
         self.metrics: dict[str, float] = {}
@@ -54,7 +54,8 @@ class Pace:
         """The update is done."""
         self._mark = time.perf_counter()
         seconds = self._mark - self._began
-        self._recent = [*self._recent[-49:], seconds]
+        # The first step of a process warms up, or compiles: it says nothing of those to come.
+        self._recent = [] if self._recent is None else [*self._recent[-49:], seconds]
         speed = self._tokens / seconds
         self.metrics = {
             "perf/step_seconds": seconds,

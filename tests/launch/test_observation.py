@@ -141,10 +141,27 @@ def test_progress_lines_stand_under_each_other(config: RunConfig, alone: Process
     assert lines[0].startswith(
         "step 1/8  tokens   512  loss 10.5000  lr 1.00e-03  grad 120.250    999 tok/s  mfu 40.0%"
     )
+    assert lines[0].endswith("left      ?")
     for word in ("tokens", "loss", "lr", "grad", "tok/s", "mfu", "mem", "left"):
         assert lines[0].index(word) == lines[1].index(word), word
     assert lines[1].endswith("skipped 2")
     assert all(character.isprintable() for character in "".join(lines))
+
+
+def test_the_time_left_does_not_count_the_first_step(
+    config: RunConfig, alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 0.0, 60.0, 60.0, 62.0])
+    monkeypatch.setattr("launch.progress.time.perf_counter", lambda: next(clock))
+    pace = Pace(config, 1e6, alone)
+    pace.start_step()
+    pace.data_ready()
+    pace.end_step()
+    assert math.isnan(pace.seconds_left(10)), "the first step warms up: nothing is known yet"
+    pace.start_step()
+    pace.data_ready()
+    pace.end_step()
+    assert pace.seconds_left(10) == 20.0
 
 
 @pytest.mark.parametrize(
