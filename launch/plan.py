@@ -5,6 +5,7 @@ data, `run.init_from` and `checkpoint.copy_to` as a run does. Needs no GPU, and 
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 
 from flash_model.config import count_parameters, flops_per_token
@@ -111,8 +112,10 @@ def main() -> int:
     parser.add_argument("--memory", type=float, metavar="GiB", help="memory of a device: says which stages fit")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="peak TFLOP/s of a device: gives the time")
     arguments = parser.parse_intermixed_args()
-    if arguments.devices < 1:
-        raise UserError(f"--devices: {arguments.devices} is not a number of devices; give 1 or more")
+    for name, least in (("devices", 1), ("memory", 0.0), ("peak", 0.0)):
+        given = getattr(arguments, name)
+        if given is not None and (given < least or not math.isfinite(given) or given == 0):
+            raise UserError(f"--{name}: {given:g}: give {'1 or more' if least else 'more than 0'}")
     config = load_run_config(arguments.config, arguments.overrides)
     for line in plan_lines(config, devices=arguments.devices, memory_gib=arguments.memory, peak_tflops=arguments.peak):
         print(line)

@@ -14,7 +14,7 @@ import torch
 
 from flash_model.lm import build_model
 from launch.config import load_run_config
-from launch.plan import plan_lines
+from launch.plan import main, plan_lines
 from launch.trainer import open_datasets
 from pipeline.errors import UserError
 
@@ -61,6 +61,15 @@ def test_the_plan_says_what_training_needs(prepared_data: Path, write_config: Ca
         assert expected in done.stdout
     parameters = sum(p.numel() for p in build_model(load_run_config(path).model, device="meta").parameters())
     assert f"{parameters:,} parameters" in done.stdout
+
+
+@pytest.mark.parametrize("option", ["--devices=0", "--memory=-1", "--peak=0", "--memory=nan"])
+def test_a_device_that_there_cannot_be(
+    option: str, write_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", str(write_config()), option])
+    with pytest.raises(UserError, match=option.partition("=")[0]):
+        main()
 
 
 def test_the_plan_of_a_mixture(prepared_data: Path, write_config: Callable[..., Path]) -> None:
