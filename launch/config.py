@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -182,11 +182,14 @@ class TrainSection(StrictModel):
     )
 
 
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(StrictModel):
     """AdamW (Loshchilov & Hutter 2019). Defaults are this project's; the paper's are not known with certainty."""
 
     lr: PositiveFloat = Field(default=7e-4, description="peak learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
+    betas: tuple[DecayRate, DecayRate] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
     eps: PositiveFloat = 1e-6
     weight_decay: float = Field(
         default=0.01, ge=0, description="applied to matrices only: never to scales, offsets or biases"

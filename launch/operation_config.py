@@ -1,6 +1,8 @@
 """Sections of a run's configuration that keep it going: checkpoints, bad steps, the watchdog, MLflow."""
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pathlib import Path
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from pipeline.strict_yaml import StrictModel
 
@@ -77,14 +79,19 @@ class WatchdogSection(StrictModel):
     )
 
 
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "azureml", "arn")
+"""How the address of an MLflow store begins; a database may name its driver too, as in postgresql+psycopg."""
+
+
 class TrackingSection(StrictModel):
     """MLflow. Records go to metrics.jsonl in the run directory first, whatever the server does."""
 
     enabled: bool = Field(default=True, description="send records to MLflow")
     uri: str | None = Field(
         default=None,
-        description="store; default: sqlite in the run directory (mlflow.db). A server's password or token is given by "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
+        description="store; default: sqlite in the run directory (mlflow.db). http://HOST:PORT is a server, "
+        "sqlite:////PATH/mlflow.db a file that several runs can share, their artifacts beside it. A server's password "
+        "or token is given by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
     )
     experiment: str = Field(default="flash-pretrain", description="MLflow experiment")
     system_metrics_seconds: PositiveFloat | None = Field(
@@ -96,3 +103,16 @@ class TrackingSection(StrictModel):
         description="how long the end of a run waits at most for MLflow to take what is left; it does not wait for a "
         "server that is dead",
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _of_a_store(cls, uri: str | None) -> str | None:
+        """Found here, since a run does not wait for its store: it would train for weeks, and MLflow show nothing."""
+        if uri is None:
+            return None
+        scheme, _, rest = uri.partition(":")
+        if scheme.partition("+")[0] not in TRACKING_SCHEMES or (scheme == "sqlite" and not rest.startswith("///")):
+            raise ValueError("no address of an MLflow store: take http://HOST:PORT or sqlite:////PATH/mlflow.db")
+        if scheme == "sqlite":
+            return f"sqlite:///{Path(rest.removeprefix('///')).absolute()}"
+        return uri

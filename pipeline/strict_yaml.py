@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.credentials import redact
 from pipeline.errors import UserError
 
 T = TypeVar("T", bound=BaseModel)
@@ -18,9 +19,9 @@ _INTERPOLATION_PREFIX = "KeyError raised while resolving interpolation: "
 
 
 class StrictModel(BaseModel):
-    """A frozen pydantic model that refuses keys it does not know."""
+    """A frozen pydantic model that refuses keys it does not know, and numbers that are not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def load_config(model: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
@@ -142,6 +143,8 @@ def _dotted(key: Key) -> str:
 
 def _explain(model: type[BaseModel], key: Key, item: Any, data: Any) -> str:
     if item["type"] == "missing":
+        if isinstance(item["loc"][-1], int):
+            return f"too few values; found {item['input']!r}"
         return "missing, and it has no default"
     if item["type"] == "extra_forbidden":
         return _explain_unknown(model, key, data)
@@ -149,7 +152,7 @@ def _explain(model: type[BaseModel], key: Key, item: Any, data: Any) -> str:
     found = item["input"]
     if isinstance(found, dict | list):
         return message if item["type"] == "value_error" else f"{message}; found a {type(found).__name__}"
-    return f"{message}; found {found!r}"
+    return f"{message}; found {redact(repr(found))}"
 
 
 def _explain_unknown(model: type[BaseModel], key: Key, data: Any) -> str:

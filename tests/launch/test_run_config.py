@@ -132,6 +132,35 @@ def test_passwords_are_refused_and_not_shown(write_config: WriteConfig) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optimizer.betas=[0.9,1.5]", "optimizer.betas.1 (command line): Input should be less than 1; found 1.5"),
+        ("optimizer.betas=[0.9]", "optimizer.betas (command line): too few values; found [0.9]"),
+        ("optimizer.lr=.inf", "optimizer.lr (command line): Input should be a finite number; found inf"),
+        ("tracking.uri=127.0.0.1:5000", "tracking.uri (command line): no address of an MLflow store: take http://"),
+        ("tracking.uri=./mlruns", "no address of an MLflow store"),
+        ("tracking.uri=sqlite://mlflow.db", "no address of an MLflow store"),
+        ("tracking.uri=htp://me:s3cret@host", "no address of an MLflow store: take http://HOST:PORT or sqlite:////"),
+    ],
+)
+def test_values_that_would_fail_later(write_config: WriteConfig, override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_run_config(write_config(), [override])
+    assert said in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_store_does_not_depend_on_the_working_directory(
+    write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write_config().absolute()
+    monkeypatch.chdir(tmp_path)
+    assert load_run_config(path, ["tracking.uri=sqlite:///m.db"]).tracking.uri == f"sqlite:///{tmp_path / 'm.db'}"
+    for uri in ("sqlite:////data/m.db", "http://host:5000", "postgresql+psycopg://host/mlflow", "databricks"):
+        assert load_run_config(path, [f"tracking.uri={uri}"]).tracking.uri == uri
+
+
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("postgresql://me:s3cret@host/mlflow", "postgresql://***@host/mlflow"),
