@@ -113,7 +113,10 @@ def free_port() -> int:
 
 
 def start_processes() -> Processes:
-    """Join the other processes of the run; alone when no launcher set RANK and WORLD_SIZE."""
+    """Join the other processes of the run; alone when no launcher set RANK and WORLD_SIZE.
+
+    Raises `UserError` in the first process if the port where they are to meet is taken.
+    """
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -133,7 +136,15 @@ def start_processes() -> Processes:
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed("nccl" if gpu else "gloo", verbose=False)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"MASTER_PORT: port {os.environ['MASTER_PORT']} is in use on this machine, by another run perhaps; give "
+            "another (deepspeed --master_port N …)"
+        ) from error
     control = dist.new_group(backend="gloo") if gpu else dist.group.WORLD
     return Processes(dist.get_rank(), dist.get_world_size(), device, control)
 

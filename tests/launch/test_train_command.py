@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from flash_model.config import ModelConfig
 from launch.checkpoint import read_manifest
 from launch.conversion import Records
+from launch.engine import start_processes
 from launch.initial_weights import _check_fits
 from pipeline.errors import UserError
 
@@ -364,3 +366,13 @@ def test_a_second_trainer_is_kept_out(copied: Path) -> None:
     assert done.returncode == 2
     assert "in use by another trainer" in done.stderr
     assert (copied / "run/DONE").exists()
+
+
+def test_a_port_that_is_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        values = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"MASTER_PORT: port {port} is in use .*--master_port"):
+            start_processes()
