@@ -251,6 +251,11 @@ class RunConfig(StrictModel):
         return self.train.tokens_per_step // self.data.seq_len
 
     @property
+    def mlflow_store(self) -> str:
+        """Address of the MLflow store that records go to."""
+        return self.tracking.uri or f"sqlite:///{self.run.dir / 'mlflow.db'}"
+
+    @property
     def recomputed_layers(self) -> frozenset[int]:
         """Layers whose forward pass is run again in backward."""
         chosen, layers = self.train.activation_checkpointing, range(self.model.n_layers)

@@ -77,10 +77,14 @@ class Pace:
 
 
 def first_lines(config: RunConfig, training: Mixture, processes: Processes) -> Iterator[str]:
-    """What this run is: model, data, processes and precision, how long it will be, and which code the op runs."""
+    """What this run is: where it is kept, model, data, processes and precision, how long it will be, and which code
+    the op runs.
+    """
     model, train = config.model, config.train
     flops = flops_per_token(model, config.data.seq_len).training
     direction = "causal" if model.causal else "bidirectional"
+    store = f"{config.mlflow_store}, experiment {config.tracking.experiment}" if config.tracking.enabled else "not used"
+    yield f"run: {config.run.dir}; MLflow: {store}"
     yield (
         f"model: {model.architecture}, {direction}, {_short(count_parameters(model))} parameters ({model.n_layers} "
         f"layers, width {model.d_model:,}), {_short(flops)} FLOP a token at context {config.data.seq_len:,}"

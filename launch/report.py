@@ -32,7 +32,6 @@ def write_report(config: RunConfig, path: Path, stage_seconds: dict[str, float])
     unigram, xz = unigram_bits_per_byte(training, held_out), xz_bits_per_byte(held_out)
     ours = scores["bits_per_byte"]
     timings = json.loads((source.path / "manifest.json").read_text())["seconds"]
-    store = config.tracking.uri or f"sqlite:///{config.run.dir / 'mlflow.db'}"
     run_dir = os.path.relpath(config.run.dir)
     model = config.model
     shape = f"{model.n_layers} layers, d_model {model.d_model}, chunk {model.chunk_size}"
@@ -80,8 +79,8 @@ Of data: {parts}. Of training: {_training_parts(directory.metrics)}.
 ## Next
 
 ```bash
-# see the run: then open http://127.0.0.1:5000
-.venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {store}
+# see the run: then open http://127.0.0.1:5000/#/experiments/1/runs
+.venv/bin/mlflow ui --host 127.0.0.1 --backend-store-uri {config.mlflow_store}
 # let it write
 .venv/bin/python -m flash_model.generate {run_dir} --prompt "{PROMPT}"
 # train it further

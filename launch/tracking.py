@@ -165,7 +165,7 @@ def run_facts(config: RunConfig, datasets: list[dict[str, Any]], world_size: int
     return {
         "name": config.run.name or config.run.dir.name,
         "experiment": config.tracking.experiment,
-        "uri": config.tracking.uri or f"sqlite:///{config.run.dir / 'mlflow.db'}",
+        "uri": config.mlflow_store,
         "parameters": flattened(config.model_dump(mode="json")),
         "datasets": datasets,
         "tags": {
