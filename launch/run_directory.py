@@ -56,6 +56,14 @@ class RunDirectory:
                 f"run.dir: nothing to resume from: {self.path} holds no run; leave --resume out to start one"
             )
 
+    def check_unused(self) -> None:
+        """Raise `UserError` if another trainer has the directory: what lies there is about to change."""
+        if self.in_use:
+            raise self._occupied()
+
+    def _occupied(self) -> UserError:
+        return UserError(f"run.dir: {self.path} is in use by another trainer; wait for it or choose another")
+
     def open(self, config: RunConfig, facts: dict[str, Any]) -> None:
         """Create the directory, lock it against a second trainer, write the resolved config (first process only)."""
         try:
@@ -68,9 +76,7 @@ class RunDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
-                f"run.dir: {self.path} is in use by another trainer; wait for it or choose another"
-            ) from error
+            raise self._occupied() from error
         # Half a checkpoint that filled the disk would leave no room to start in.
         remove_leftovers(self.checkpoints)
         (self.path / STOP_FILE).unlink(missing_ok=True)

@@ -314,6 +314,7 @@ def _choose_start(
     processes.once(lambda: directory.check(config.run.resume))
     if not processes.once(lambda: directory.exists):
         return None, None
+    processes.once(directory.check_unused)
     processes.once(lambda: set_aside(directory))
     back = plan_rollback(directory, processes) if config.bad_steps.rollback else None
     passed_over: list[str] = []

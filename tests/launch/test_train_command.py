@@ -1,5 +1,6 @@
 """`launch/train.py` by one process: what a user does wrong, checkpoints, and continuing."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,9 +16,11 @@ from safetensors.torch import load_file
 
 from flash_model.config import ModelConfig
 from launch.checkpoint import read_manifest
+from launch.config import load_run_config
 from launch.conversion import Records
 from launch.engine import start_processes
 from launch.initial_weights import _check_fits
+from launch.run_directory import RunDirectory
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -358,13 +361,16 @@ def test_weights_of_another_tokenizer_are_refused(finished: Path) -> None:
 
 
 def test_a_second_trainer_is_kept_out(copied: Path) -> None:
-    import fcntl
-
+    shutil.rmtree(copied / "run/checkpoints")  # a run that is not there yet must not be taken for a lost one
+    config = load_run_config(copied / "run.yaml")
     with open(copied / "run/lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = train(copied / "run.yaml", "--resume", "train.tokens=2560")
+        with pytest.raises(UserError, match="in use by another trainer"):
+            RunDirectory(copied / "run").open(config, {})
     assert done.returncode == 2
     assert "in use by another trainer" in done.stderr
+    assert "delete" not in done.stderr
     assert (copied / "run/DONE").exists()
 
 
