@@ -105,6 +105,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path, model: FlashLM, r
     ("file", "content"),
     [
         ("config.json", b"{"),
+        ("config.json", b"\xff"),
         ("config.json", b'{"d_model": "wide"}'),
         ("model.safetensors", b"not tensors"),
         ("tokenizer.model", b"not a tokenizer"),
