@@ -120,7 +120,7 @@ def load_config(directory: Path | str) -> ModelConfig:
     file = Path(directory) / CONFIG
     try:
         return ModelConfig.model_validate(json.loads(file.read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     except ValidationError as error:
         problems = (f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())

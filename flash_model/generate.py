@@ -1,6 +1,7 @@
 """Let a trained model write: `python -m flash_model.generate CHECKPOINT --prompt TEXT`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,8 +63,8 @@ class Sampling:
     """Draw from the fewest most likely tokens whose probabilities reach this sum."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative: it is {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number, not negative: it is {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top-k must be at least 1: it is {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -73,7 +74,8 @@ class Sampling:
         """Draw a token from logits (V,) of float32."""
         if self.temperature == 0:
             return int(logits.argmax())
-        probabilities, tokens = (logits / self.temperature).softmax(-1).sort(descending=True)
+        # The highest becomes 0 and the rest is float64: however low the temperature, nothing overflows.
+        probabilities, tokens = ((logits - logits.max()).double() / self.temperature).softmax(-1).sort(descending=True)
         if self.top_k is not None:
             probabilities[self.top_k :] = 0
         if self.top_p is not None:

@@ -72,7 +72,7 @@ def mixed_chunk_attention(
 
     Args:
         uvz: (B, T, 2E + S), float64, float32 or bfloat16: the input projection before its SiLU, split into u, v, z.
-            Any T ≥ 1.
+            Any B, T ≥ 1.
         gamma, beta: (4, S): scale and offset of quad_q, quad_k, lin_q, lin_k. May be float32 beside a bfloat16 uvz.
         bias: (2C − 1,): the bias of query i on key j of a chunk is bias[j − i + C − 1].
         chunk_size: C in tokens, a power of two. A short last chunk divides by C all the same, and counts as one.
@@ -96,12 +96,17 @@ def mixed_chunk_attention(
     """
     check_chunk_size(chunk_size)
     check_projection(
-        uvz, gamma, beta, bias, doc_ids, heads=4, bias_length=2 * chunk_size - 1, bias_rule="2·chunk_size − 1"
+        uvz,
+        gamma,
+        beta,
+        bias,
+        doc_ids,
+        heads=4,
+        bias_length=2 * chunk_size - 1,
+        bias_rule="2·chunk_size − 1",
+        rope_base=rope_base,
+        projection_bias=projection_bias,
     )
-    if projection_bias is not None and projection_bias.shape != uvz.shape[2:]:
-        raise ValueError(
-            f"projection_bias must have shape (2E + S,) = {tuple(uvz.shape[2:])}: it has {tuple(projection_bias.shape)}"
-        )
     _check_state(uvz, gamma, chunk_size, causal, start, state, return_state)
     S = gamma.shape[1]
     kernel = dispatch.use_kernel(

@@ -45,7 +45,9 @@ def quadratic_attention(
     """
     if bias.ndim != 1 or len(bias) % 2 == 0:
         raise ValueError(f"bias must have shape (2L − 1,): it has {tuple(bias.shape)}")
-    check_projection(uvz, gamma, beta, bias, doc_ids, heads=2, bias_length=len(bias), bias_rule="2L − 1")
+    check_projection(
+        uvz, gamma, beta, bias, doc_ids, heads=2, bias_length=len(bias), bias_rule="2L − 1", rope_base=rope_base
+    )
     T, L = uvz.shape[1], (len(bias) + 1) // 2
     if T > L:
         raise ValueError(

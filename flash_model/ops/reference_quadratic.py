@@ -93,7 +93,7 @@ def forward(inputs: Inputs) -> Tensor:
     out = F.silu(operands.u_BTE)
     for rows, keys, relu_BRN in _relu_scores(inputs, operands):
         out[:, rows] *= relu_BRN.square_() @ operands.values_BTE[:, keys]
-    return out.to(inputs.uvz.dtype)
+    return out.to(inputs.uvz.dtype).contiguous()
 
 
 def backward(grad_out: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:

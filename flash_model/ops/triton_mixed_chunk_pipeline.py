@@ -138,7 +138,7 @@ def forward_kernel(
             _wait(counters_ptr + slices + slice_, scans)
             output_tile(
                 n, program % OUTPUTS, uvz_ptr, queries_ptr, states_ptr, values_ptr, out_ptr, T, G, stride_b, stride_t,
-                G * width, width, E, L, C, True, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
+                G.to(tl.int64) * width, width, E, L, C, True, WHOLE, ROWS, BLOCK_E, STEP, STAGES,
             )  # fmt: skip
 
 
@@ -189,7 +189,7 @@ def backward_kernel(
             products_backward_tile(
                 N - 1 - i, program % TILES, uvz_ptr, keys_ptr, None, None, grad_attended_ptr, states_ptr,
                 grad_states_ptr, grad_uvz_ptr, grad_scores_ptr, None, grad_lin_q_ptr, grad_lin_k_ptr, v_sums_ptr,
-                T, G, stride_b, stride_t, G * width, width,
+                T, G, stride_b, stride_t, G.to(tl.int64) * width, width,
                 E, S, L, C, True, False, WHOLE, TILES, ROWS, BLOCK_L, BLOCK_E, STEP, STAGES,
             )  # fmt: skip
 

@@ -25,6 +25,12 @@ def _rows(ptr, b, t, stride_b, stride_t):
 
 
 @triton.jit
+def token_rows(ptr, b, t, T, WIDTH: tl.constexpr):
+    """The same in a contiguous (B, T, WIDTH): T · WIDTH may be more than an int32 holds."""
+    return _rows(ptr, b, t, T.to(tl.int64) * WIDTH, WIDTH)
+
+
+@triton.jit
 def chunk_sums_tile(
     n, tile, uvz_ptr, lin_k_ptr, values_ptr, sums_ptr, T, G, stride_b, stride_t,
     E: tl.constexpr, L: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr,
@@ -110,16 +116,16 @@ def gate_backward_tile(
         t = g * C + first + step
         inside = (t < T)[:, None]
         u = load_rows(_rows(uvz_ptr, b, t, stride_b, stride_t) + column[None, :], inside, WHOLE)
-        grad_out = load_rows(_rows(grad_out_ptr, b, t, T * E, E) + column[None, :], inside, WHOLE)
+        grad_out = load_rows(token_rows(grad_out_ptr, b, t, T, E) + column[None, :], inside, WHOLE)
         q = tl.load(lin_q)
         grad_attended = gated(u, grad_out).to(q.dtype)
         acc = dot(q, grad_attended, acc)
         lin_q += STEP * L
         if block_l == 0:
-            out = load_rows(_rows(out_ptr, b, t, T * E, E) + column[None, :], inside, WHOLE)
+            out = load_rows(token_rows(out_ptr, b, t, T, E) + column[None, :], inside, WHOLE)
             grad_u = gate_backward(u, out, grad_out)
             total += tl.sum(grad_u, 0)
-            place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + column[None, :]
+            place = token_rows(grad_uvz_ptr, b, t, T, 2 * E + S) + column[None, :]
             store_rows(place, grad_u, inside, WHOLE)
             row = n.to(tl.int64) * C + first + step
             tl.store(grad_attended_ptr + row[:, None] * E + column[None, :], grad_attended)
@@ -161,7 +167,7 @@ def values_backward_tile(
         acc = dot(tl.load(keys + first), tl.load(base + step[:, None] * E + column[None, :]), acc)
 
     inside = (t < T)[:, None]
-    place = _rows(grad_uvz_ptr, b, t, T * (2 * E + S), 2 * E + S) + E + column[None, :]
+    place = token_rows(grad_uvz_ptr, b, t, T, 2 * E + S) + E + column[None, :]
     grad_v = acc * silu_derivative(load_rows(values, inside, WHOLE))
     if not WHOLE:
         grad_v = tl.where(inside, grad_v, 0.0)

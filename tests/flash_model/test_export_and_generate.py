@@ -105,6 +105,7 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path, model: FlashLM, r
     ("file", "content"),
     [
         ("config.json", b"{"),
+        ("config.json", b"\xff"),
         ("config.json", b'{"d_model": "wide"}'),
         ("model.safetensors", b"not tensors"),
         ("tokenizer.model", b"not a tokenizer"),
@@ -125,6 +126,7 @@ def test_the_command_line_names_a_broken_file(
     [
         ("no model at", ["--prompt", "x"]),
         ("temperature", ["--prompt", "x", "--temperature", "-1"]),
+        ("temperature", ["--prompt", "x", "--temperature", "nan"]),
         ("top-k", ["--prompt", "x", "--top-k", "0"]),
         ("top-p", ["--prompt", "x", "--top-p", "1.5"]),
         ("max-tokens", ["--prompt", "x", "--max-tokens", "-1"]),
@@ -208,6 +210,7 @@ def test_sampling() -> None:
         return torch.bincount(torch.tensor([sampling.draw(logits, generator) for _ in range(times)]), minlength=8)
 
     assert drawn(Sampling(temperature=0))[4] == 300
+    assert drawn(Sampling(temperature=1e-46))[4] == 300  # less than a float32 can be
     assert drawn(Sampling(top_k=2)).nonzero().flatten().tolist() == [4, 5]
     assert drawn(Sampling(top_p=0.65)).nonzero().flatten().tolist() == [4, 5]
     assert drawn(Sampling(top_p=0.75)).nonzero().flatten().tolist() == [4, 5, 6]

@@ -96,8 +96,11 @@ def test_inputs_that_are_views_work() -> None:
     wide[..., 3:] = given["uvz"]
     expected = mixed_chunk_attention(**given, chunk_size=C)
     torch.testing.assert_close(mixed_chunk_attention(**{**given, "uvz": wide[..., 3:]}, chunk_size=C), expected)
-    turned = given["uvz"].mT.contiguous().mT
-    torch.testing.assert_close(mixed_chunk_attention(**{**given, "uvz": turned}, chunk_size=C), expected)
+    for turned in (given["uvz"].mT.contiguous().mT, given["uvz"].transpose(0, 1).contiguous().transpose(0, 1)):
+        torch.testing.assert_close(mixed_chunk_attention(**{**given, "uvz": turned}, chunk_size=C), expected)
+        # What torch.compile is told about the result's strides holds for such inputs as well.
+        quad = quadratic_attention(**{**tensors(heads=2, extent=T), "uvz": turned}, norm_length=T)
+        assert quad.is_contiguous()
 
 
 def test_only_the_state_is_asked_for() -> None:
@@ -146,6 +149,7 @@ def _counted(op: Any, given: dict[str, Any], **options: Any) -> tuple[int, int]:
 REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("uvz", {"uvz": torch.zeros(B, 2 * E + S)}),
     ("uvz", {"uvz": torch.zeros(B, 0, 2 * E + S)}),
+    ("uvz", {"uvz": torch.zeros(0, T, 2 * E + S)}),
     ("uvz", {"uvz": torch.zeros(B, T, 2 * E + S + 1)}),
     ("uvz", {"uvz": torch.zeros(B, T, 2 * E + S, dtype=torch.float16)}),
     ("uvz", {"uvz": torch.zeros(B, T, 2 * E + S, dtype=torch.int64)}),
@@ -161,6 +165,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("doc_ids", {"doc_ids": torch.zeros(B, T + 1, dtype=torch.int64)}),
     ("doc_ids", {"doc_ids": torch.zeros(B, T)}),
     ("doc_ids", {"doc_ids": torch.arange(T).flip(0).expand(B, T)}),
+    ("doc_ids", {"doc_ids": torch.arange(T, dtype=torch.uint8).flip(0).expand(B, T)}),
+    ("rope_base", {"rope_base": 0.0}),
+    ("projection_bias", {"projection_bias": torch.zeros(2 * E)}),
+    ("projection_bias", {"projection_bias": torch.zeros(2 * E + S, device="meta")}),
     ("state", {"causal": False, "state": a_state()}),
     ("return_state", {"causal": False, "return_state": True}),
     ("return_state", {"uvz": torch.zeros(B, T + 1, 2 * E + S), "return_state": True}),
@@ -183,6 +191,7 @@ def test_wrong_arguments_are_named(named: str, change: dict[str, Any]) -> None:
         ("bias", {"bias": torch.zeros(30)}),
         ("norm_length", {"norm_length": 0}),
         ("start", {"start": -1}),
+        ("rope_base", {"rope_base": float("nan")}),
         ("gamma", {"gamma": torch.zeros(4, S)}),
         ("doc_ids", {"doc_ids": torch.arange(T).flip(0).expand(B, T)}),
     ],

@@ -18,13 +18,28 @@ import torch
 
 from tests.gpu.comparison import Case, draw, exactly, measure, public_op, relative_errors, runs_kernels
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from flash_model.ops.triton_mixed_chunk_products import token_rows
+
+    @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+    def second_sequence_kernel(base: Any, distance: Any, T: Any, WIDTH: tl.constexpr) -> None:
+        """How many bytes the second of two sequences of (T, WIDTH) bytes begins behind the first."""
+        b, t = tl.program_id(0) * 0, tl.arange(0, 1)
+        first, second = token_rows(base, b, t, T, WIDTH), token_rows(base, b + 1, t, T, WIDTH)
+        tl.store(distance + t[:, None], second.to(tl.int64) - first.to(tl.int64))
+
+
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.5e-2}  # casts to bfloat16 truncate in the interpreter
 
 CASES = [
     (Case(64, 64, 300, chunk=128), torch.float32),
     (Case(64, 64, 300, 2, 128, documents=True, state=True), torch.float32),
-    (Case(64, 64, 256, 2, 128, documents=True, state=True), torch.float32),
+    (Case(64, 64, 256, 1, 128, documents=True, state=True), torch.float32),
     (Case(64, 128, 257, chunk=128, causal=False), torch.float32),
     (Case(64, 64, 300, 2, 128, causal=False, documents=True), torch.float32),
     (Case(192, 64, 100, chunk=128, state=True), torch.float32),
@@ -56,6 +71,9 @@ def main() -> None:
             results[name_of(case, dtype)] = errors_of(case, dtype)
         except Exception:
             results[name_of(case, dtype)] = traceback.format_exc()
+    distance = torch.zeros(1, dtype=torch.int64)
+    second_sequence_kernel[(1,)](torch.zeros(1, dtype=torch.int8), distance, 300_000, WIDTH=8320)
+    results["second sequence"] = int(distance)
     print(json.dumps(results))
 
 
@@ -68,12 +86,18 @@ def interpreted() -> dict[str, Any]:
     return results
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=[name_of(*case) for case in CASES])
 def test_interpreted_kernels_equal_the_reference(case: Case, dtype: torch.dtype, interpreted: dict[str, Any]) -> None:
     errors = interpreted[name_of(case, dtype)]
     assert isinstance(errors, dict), errors
     assert {name: error for name, error in errors.items() if error > TOLERANCE[dtype]} == {}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_offsets_of_long_sequences_do_not_overflow(interpreted: dict[str, Any]) -> None:
+    """Sequences of a 1.3B model beyond 258,000 tokens have more than 2³¹ elements."""
+    assert interpreted["second sequence"] == 300_000 * 8320
 
 
 if __name__ == "__main__":
