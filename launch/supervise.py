@@ -2,12 +2,13 @@
 
 The command is run with run.resume=auto until the run is done (exit status 0), and started again when it crashes. It is
 not when it stopped cleanly (75), met a user error (2) or bad numbers (70): that status is passed on. DONE decides
-whether the run is done, never the launcher's status, which can be 0 after a crash. SIGTERM, SIGINT and SIGUSR1 are
-passed on to the processes of the run, which save and stop.
+whether the run is done, never the launcher's status, which can be 0 after a crash. On SIGTERM, SIGINT and SIGUSR1 the
+run saves and stops, by a STOP file.
 """
 
 import argparse
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from launch.checkpoint import list_checkpoints
 from launch.config import RunConfig, load_run_config
 from launch.progress import duration
 from launch.run_directory import RunDirectory
+from launch.stop import STOP_FILE
 from pipeline.errors import USER_ERROR_EXIT, UserError, run_command
 
 FINAL = (USER_ERROR_EXIT, 70, 75)
@@ -30,9 +32,7 @@ FINAL = (USER_ERROR_EXIT, 70, 75)
 
 POLL_SECONDS = 0.2
 LEAVE_SECONDS = 60.0
-"""For processes that their launcher left behind: to save and stop."""
-AGAIN_SECONDS = 10.0
-"""Between two signals to a run that is to stop."""
+"""What processes that their launcher left behind are given to stop, beside the time that a checkpoint may take."""
 
 
 class Supervisor:
@@ -42,8 +42,6 @@ class Supervisor:
         self._command, self._config, self._restarts, self._wait = command, config, restarts, wait
         self._directory = RunDirectory(config.run.dir)
         self._told = False
-        self._pending: int | None = None
-        self._told_again_at = 0.0
 
     def run(self) -> int:
         """Run until there is nothing more to do; returns the run's exit status."""
@@ -67,35 +65,54 @@ class Supervisor:
                 return status or 1
 
     def _run_once(self) -> int:
+        opened_before = self._opened()
         # A session of its own: Ctrl-C reaches the run through this process alone, and what is left of it is found.
         job = subprocess.Popen(self._command, start_new_session=True)
+        asked = False
         while job.poll() is None:
-            self._pass_on(job.pid)
+            # Opening the directory removes a STOP file; before that, another trainer may have it. A signal instead
+            # would have to find a process of the run: they may be on other machines, and while they start, compilers
+            # that they call catch signals too.
+            if self._told and not asked and self._opened() != opened_before:
+                asked = self._ask_to_stop()
             time.sleep(POLL_SECONDS)
-        left = members(job.pid)
-        if left:
-            _say(f"{len(left)} processes are left behind by their launcher: they are told to stop")
-            _send(left, signal.SIGTERM)
-            for process in psutil.wait_procs(left, timeout=LEAVE_SECONDS)[1]:
-                _send([process], signal.SIGKILL)
+        self._see_off(job.pid, opened=self._opened() != opened_before)
         return job.returncode if job.returncode >= 0 else 128 - job.returncode
 
-    def _pass_on(self, session: int) -> None:
-        """Hand a signal to one of the run's processes, once they are there: all stop with it, after the same step.
+    def _see_off(self, session: int, *, opened: bool) -> None:
+        """End what the launcher has left behind: on this machine, and, where this start had `opened` it, elsewhere."""
+        limit = self._config.watchdog.save
+        patience = None if limit is None else limit + LEAVE_SECONDS
+        if left := members(session):
+            _say(f"{len(left)} processes are left behind by their launcher: they are told to stop")
+            _send(left, signal.SIGTERM)
+            for process in psutil.wait_procs(left, timeout=patience)[1]:
+                _send([process], signal.SIGKILL)
+        if opened and self._directory.in_use:
+            _say("the run goes on without its launcher, on another machine: it is told to stop")
+            self._ask_to_stop()
+            end = time.monotonic() + (patience or math.inf)
+            while self._directory.in_use and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
 
-        It is told again until the run ends: a process that is just being started may lose a signal.
-        """
-        if self._pending is None or time.monotonic() < self._told_again_at:
-            return
-        for process in members(session):
-            if _listens(process, self._pending):
-                _send([process], self._pending)
-                self._told_again_at = time.monotonic() + AGAIN_SECONDS
-                return
+    def _opened(self) -> int | None:
+        """When a trainer last opened the run's directory, in nanoseconds: all write the config then."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._directory.config.stat().st_mtime_ns
+        return None
+
+    def _ask_to_stop(self) -> bool:
+        """Have the run stop after its next step; whether that could be asked for."""
+        stop = self._directory.path / STOP_FILE
+        try:
+            stop.touch()
+        except OSError as error:
+            _say(f"warning: cannot make {stop}: {error.strerror}")
+            return False
+        return True
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Python catches SIGINT from its start on; SIGTERM is caught once a process can stop cleanly.
-        self._told, self._pending = True, signal.SIGTERM if number == signal.SIGINT else number
+        self._told = True
 
     def _pause(self) -> bool:
         """Wait before starting again; False if told to stop meanwhile."""
@@ -120,17 +137,6 @@ def members(session: int) -> list[psutil.Process]:
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def _listens(process: psutil.Process, number: int) -> bool:
-    """Whether this is a process of the run, and far enough to catch a signal instead of dying of it."""
-    with contextlib.suppress(OSError, psutil.Error):
-        environment = process.environ()
-        caught = next(
-            line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigCgt")
-        )
-        return "LOCAL_RANK" in environment and bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-    return False
 
 
 def _send(processes: Sequence[psutil.Process], number: int) -> None:

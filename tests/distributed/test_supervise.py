@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from launch.supervise import members, read_command
+from launch.supervise import Supervisor, members, read_command
 from pipeline.errors import UserError
 from tests.distributed.test_launcher import ENDLESS, newest_manifest, steps_recorded, wait_for
 
@@ -69,7 +70,7 @@ def test_a_killed_run_goes_on_and_a_signal_to_the_supervisor_stops_it_cleanly(
     assert "is gone: killed" in output
     assert "starting it again (without a new checkpoint: 0 of 2 times)" in output
     assert "continuing from step-0" in output
-    assert "stopping: received SIGTERM" in output
+    assert f"stopping: found {run_dir / 'STOP'}" in output
     assert not any(members(session) for session in sessions)
     saved = newest_manifest(run_dir)["step"]
     assert steps_recorded(run_dir) >= saved > 25
@@ -81,15 +82,38 @@ def test_a_killed_run_goes_on_and_a_signal_to_the_supervisor_stops_it_cleanly(
     assert json.loads((run_dir / "DONE").read_text())["step"] == saved + 2
 
 
+Supervise = Callable[[str], int]
+
+
+@pytest.fixture
+def supervise(run_config: Path, tmp_path: Path) -> Iterator[Supervise]:
+    """Supervise a stand-in for launch/train.py, its text given, in this process; the exit status."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    def run(script: str) -> int:
+        (tmp_path / "train.py").write_text(script)
+        command = [sys.executable, str(tmp_path / "train.py"), str(run_config), f"run.dir={tmp_path / 'run'}"]
+        return Supervisor(*read_command(command), restarts=2, wait=0).run()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("statuses", "expected", "starts"),
     [([2], 2, 1), ([70], 70, 1), ([1, 75], 75, 2), ([0, 247, 71], 71, 3), ([-9, -9, -9], 137, 3)],
 )
 def test_what_is_started_again(
-    run_config: Path, tmp_path: Path, statuses: list[int], expected: int, starts: int
+    supervise: Supervise,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    statuses: list[int],
+    expected: int,
+    starts: int,
 ) -> None:
     """A stand-in ends with one status after the other: 0 is no end without DONE, and 3 in a row are too many."""
-    (tmp_path / "train.py").write_text(
+    status = supervise(
         "import os, pathlib, sys\n"
         f"count = pathlib.Path({str(tmp_path / 'count')!r})\n"
         "started = int(count.read_text()) if count.exists() else 0\n"
@@ -97,11 +121,76 @@ def test_what_is_started_again(
         f"status = {statuses}[started]\n"
         "os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)\n"
     )
-    command = [*SUPERVISE, sys.executable, str(tmp_path / "train.py"), str(run_config), f"run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    assert done.returncode == expected, done.stderr
+    assert status == expected
     assert (tmp_path / "count").read_text() == str(starts)
-    assert ("given up after 3 times in a row" in done.stderr) == (starts == 3)
+    assert ("given up after 3 times in a row" in capsys.readouterr().err) == (starts == 3)
+
+
+def test_a_signal_is_kept_until_the_run_can_stop_and_reaches_nobody_else(
+    supervise: Supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in has a child that catches signals, as DeepSpeed's compilers do, before it opens the run's directory."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    run_dir, ready, signalled = tmp_path / "run", tmp_path / "ready", tmp_path / "signalled"
+    run_dir.mkdir()
+
+    def stop() -> None:
+        wait_for(ready.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    child = (
+        "import pathlib, signal, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: pathlib.Path({str(signalled)!r}).touch())\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+    status = supervise(
+        "import pathlib, subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        f"while not pathlib.Path({str(ready)!r}).exists():\n"
+        "    time.sleep(0.05)\n"
+        "time.sleep(1)\n"
+        f"run_dir = pathlib.Path({str(run_dir)!r})\n"
+        "(run_dir / 'STOP').unlink(missing_ok=True)\n"
+        "(run_dir / 'config.yaml').touch()\n"
+        "while not (run_dir / 'STOP').exists():\n"
+        "    time.sleep(0.05)\n"
+        "child.kill()\n"
+        "sys.exit(75)\n"
+    )
+    assert status == 75
+    assert not signalled.exists()
+
+
+def test_what_a_dead_launcher_leaves_on_another_machine_is_stopped(
+    supervise: Supervise, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in ends at once; a process of a session of its own, as one over ssh has, holds the run's lock."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    left = (
+        "import fcntl, pathlib, time\n"
+        f"run_dir = pathlib.Path({str(run_dir)!r})\n"
+        "lock = open(run_dir / 'lock', 'w')\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "(run_dir / 'config.yaml').touch()\n"
+        "while not (run_dir / 'STOP').exists():\n"
+        "    time.sleep(0.05)\n"
+        "(run_dir / 'stopped').touch()\n"
+    )
+    status = supervise(
+        "import pathlib, subprocess, sys, time\n"
+        f"run_dir = pathlib.Path({str(run_dir)!r})\n"
+        "if (run_dir / 'stopped').exists():\n"
+        "    sys.exit(70)\n"
+        f"subprocess.Popen([sys.executable, '-c', {left!r}], start_new_session=True)\n"
+        "while not (run_dir / 'config.yaml').exists():\n"
+        "    time.sleep(0.05)\n"
+        "sys.exit(1)\n"
+    )
+    assert status == 70
+    assert "on another machine: it is told to stop" in capsys.readouterr().err
 
 
 def test_commands_that_cannot_be_supervised(run_config: Path) -> None:
