@@ -145,7 +145,7 @@ def measure_loop(size: str, folder: Path, processes: Processes, *, block: int, b
         return loaders[-1]
 
     with mock.patch.object(trainer, "build_engine", build), mock.patch.object(trainer, "open_steps", steps_of):
-        status = trainer.train(config, processes)
+        status = trainer.train(config, open_datasets(config), processes)
     if status:
         raise RuntimeError(f"the run ended with status {status}")
     pairs = list(zip(loaders[-1].trainer_ms, loaders[-1].bare_ms, strict=True))[1:]

@@ -235,7 +235,7 @@ def measure_steps(arguments: argparse.Namespace, folder: Path, server: str, slow
     vars(trainer)["Tracker"] = lambda *_: alternating
     vars(trainer)["NodeSampler"] = lambda *_: alternating
     with suppress(Measured):
-        trainer.train(config, processes)
+        trainer.train(config, trainer.open_datasets(config), processes)
     rows = []
     for place in places:
         used = place.cpu_seconds()

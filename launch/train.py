@@ -55,9 +55,9 @@ def main() -> int:
                 f"--rollback: {directory.path} did not stop over its budget of bad steps; --resume continues it"
             )
         accumulation_steps(config, int(os.environ.get("WORLD_SIZE", "1")))
-        open_datasets(config)
+        datasets = open_datasets(config)
         processes = start_processes()
-        status = train(config, processes)
+        status = train(config, datasets, processes)
         processes.leave()
         return status
     except UserError as error:

@@ -45,8 +45,12 @@ FINISHED, STOPPED, BAD_NUMBERS = 0, 75, 70
 """Exit statuses: last step reached; stopped cleanly and to be resumed; over the budget of bad steps, or no gradient."""
 
 
-def open_datasets(config: RunConfig) -> tuple[Mixture, dict[str, TokenDataset]]:
-    """What is trained on, and the validation sets.
+Datasets = tuple[Mixture, dict[str, TokenDataset]]
+"""What is trained on, and the validation sets by name."""
+
+
+def open_datasets(config: RunConfig) -> Datasets:
+    """Open all of a run's datasets.
 
     Raises `UserError` if one is missing or does not fit the model, the others or the masking.
     """
@@ -92,15 +96,18 @@ def open_steps(config: RunConfig, stream: TrainingStream, processes: Processes) 
     )
 
 
-def train(config: RunConfig, processes: Processes) -> int:
-    """Train to the last step or to a reason to stop; returns the exit status. Called by all processes."""
+def train(config: RunConfig, datasets: Datasets, processes: Processes) -> int:
+    """Train to the last step or to a reason to stop; returns the exit status. Called by all processes.
+
+    datasets: what `open_datasets` found.
+    """
     with Watchdog(config.watchdog, processes) as watchdog, Profiler(config, processes) as profiler:
-        return _train(config, processes, watchdog, profiler)
+        return _train(config, datasets, processes, watchdog, profiler)
 
 
-def _train(config: RunConfig, processes: Processes, watchdog: Watchdog, profiler: Profiler) -> int:
+def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog: Watchdog, profiler: Profiler) -> int:
     directory = RunDirectory(config.run.dir)
-    training, validation = open_datasets(config)
+    training, validation = datasets
     accumulation = accumulation_steps(config, processes.world_size)
     processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
     resume_from, back = _choose_start(config, directory, training, processes)

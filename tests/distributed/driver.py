@@ -50,7 +50,7 @@ def main() -> int:
             threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
         with spoilt(case.get("spoil", {}), processes), out_of_memory(case.get("out_of_memory", False), processes):
             try:
-                statuses.append(train(config, processes))
+                statuses.append(train(config, open_datasets(config), processes))
             except UserError as error:
                 if processes.rank == 0:
                     Path(case["message"]).write_text(str(error))
