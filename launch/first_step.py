@@ -1,7 +1,7 @@
 """A first step on made-up tokens, thrown away: memory that does not suffice is found before data and tracking start."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +18,17 @@ from pipeline.errors import UserError
 
 
 @contextmanager
-def memory_errors_explained(config: RunConfig, processes: Processes) -> Iterator[None]:
-    """Turn a device that is out of memory, in any process, into a `UserError` in all. Entered by all processes."""
-    message = None
+def memory_errors_explained(
+    config: RunConfig, processes: Processes, *, snapshot: Callable[[], str] = str
+) -> Iterator[None]:
+    """Turn a device that is out of memory into a `UserError`.
+
+    snapshot: writes down what fills the device while it still does, and says where.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        message = _explanation(config, processes, str(error))
-    if found := next(filter(None, processes.gather(message)), None):
-        raise UserError(found)
+        raise UserError(_explanation(config, processes, str(error), snapshot())) from error
 
 
 def take_mock_step(config: RunConfig, engine: Any, processes: Processes) -> None:
@@ -66,7 +68,7 @@ def _made_up(config: RunConfig) -> Batch:
     return batch
 
 
-def _explanation(config: RunConfig, processes: Processes, error: str) -> str:
+def _explanation(config: RunConfig, processes: Processes, error: str, snapshot: str) -> str:
     asked = re.search(r"Tried to allocate ([\d.]+ \wiB)", error)
     capacity = torch.cuda.mem_get_info(processes.device)[1] if processes.device.type == "cuda" else None
     device = f"a device of {capacity / GIB:.1f} GiB" if capacity else "the device"
@@ -83,4 +85,4 @@ def _explanation(config: RunConfig, processes: Processes, error: str) -> str:
     limit = min(capacity or needed.total, needed.total)
     settings = fitting_settings(config, processes.world_size, limit)
     lines += [f"to fit, one of: {'; '.join(settings)}"] if settings else ["to fit: a smaller model or data.seq_len"]
-    return "\n  ".join(lines)
+    return "\n  ".join(filter(None, [*lines, snapshot]))

@@ -105,20 +105,25 @@ class Profiler:
         if self._explained or not isinstance(error, torch.OutOfMemoryError):
             return
         self._explained = True
-        try:
-            snapshot = f"its allocations: {self._dump_memory(self._path('-out-of-memory.pickle'))}, to be opened at "
-            snapshot += "https://pytorch.org/memory_viz"
-        except Exception as failure:
-            snapshot = f"no snapshot of it could be written: {type(failure).__name__}: {failure}"
         first = str(error).partition(".")[0].strip()
         lines = [
             f"error: rank {self._rank} ran out of GPU memory in phase {self._phase} of step {self._step}: {first}",
             ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in self._memory_by_part()),
-            snapshot,
+            self.snapshot(),
             "; ".join(self._advice()),
         ]
         sys.stderr.write("\n  ".join(filter(None, lines)) + "\n")
         sys.stderr.flush()
+
+    def snapshot(self) -> str:
+        """Write what fills the GPU, and say where; empty without a GPU."""
+        if not self._gpu:
+            return ""
+        try:
+            path = self._dump_memory(self._path("-out-of-memory.pickle"))
+        except Exception as failure:
+            return f"no snapshot of it could be written: {type(failure).__name__}: {failure}"
+        return f"its allocations: {path}, to be opened at https://pytorch.org/memory_viz"
 
     def _memory_by_part(self) -> Iterator[tuple[str, float]]:
         if not torch.cuda.is_available():

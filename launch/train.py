@@ -6,6 +6,7 @@ budget of bad steps, 71 a process hung, died or failed.
 
 import argparse
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from pipeline.errors import USER_ERROR_EXIT, UserError  # noqa: E402
 
-# The launcher kills the other processes a second after the first one fails: those that do not print must not be first.
+# The launcher kills a node's other processes a second after the first one fails: those that do not print must not be
+# first. Afterwards, who is still there is on a node that may have a problem of its own.
 SILENT_EXIT_SECONDS = 5.0
 
 
@@ -65,6 +67,8 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SILENT_EXIT_SECONDS)
+            if processes is None and os.environ.get("LOCAL_RANK") == "0":
+                print(f"error on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         if processes is not None:
             processes.leave()
             # Threads of the group that are still ending can abort an orderly exit; nothing is left to be written.

@@ -116,7 +116,7 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
     stop = StopRequest(config.run.dir)
     for line in first_lines(config, training, processes):
         say(line)
-    with memory_errors_explained(config, processes):
+    with memory_errors_explained(config, processes, snapshot=profiler.snapshot):
         profiler.engine = engine = build_engine(config, processes)
         if config.train.mock_step or (config.train.mock_step is None and processes.device.type == "cuda"):
             take_mock_step(config, engine, processes)

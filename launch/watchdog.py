@@ -24,7 +24,7 @@ from typing import Any, Literal, Self
 
 from launch.engine import Processes
 from launch.operation_config import WatchdogSection
-from pipeline.errors import UserError
+from pipeline.errors import USER_ERROR_EXIT, UserError
 
 LOST = 71
 """Exit status of the processes of a job of which one hung, died or failed."""
@@ -36,6 +36,8 @@ MISSED_SECONDS = 5.0
 """A process that has not reported for so long does not run."""
 FAREWELL_SECONDS = 3.0
 """What a process that was woken to show its stacks is given for it."""
+MEET_SECONDS = 2.0
+"""Within which all processes find a user's mistake that one has found, or some wait for it in vain."""
 GRACE_SECONDS = 10.0
 CONNECT_SECONDS = 60.0
 
@@ -97,6 +99,7 @@ class Watchdog:
         self._beat: tuple[int, str, float] = (0, "start", time.monotonic())
         self._steps = 0
         self._failed = False
+        self._mistake: tuple[str, float] | None = None
         self.before_exit: Callable[[], None] | None = None
         self._closing = threading.Event()
         self._reports: dict[int, Report] = {}
@@ -112,12 +115,18 @@ class Watchdog:
         self._beat = (self._beat[0] + 1, phase, time.monotonic())
 
     def failed(self, error: BaseException) -> None:
-        """End the other processes because this one does, unless by an error that its user can mend."""
-        if self._failed or isinstance(error, UserError):
+        """End the other processes because this one does.
+
+        A `UserError` they find too, as a rule. They are told of it when this process leaves, and end if they have not.
+        """
+        if self._failed:
             return
-        self._failed = True
+        if isinstance(error, UserError):
+            self._failed = True
+            return
         # Where another process is gone, an error here only follows from it: the thread ends this process.
-        self._thread.join(TICK_SECONDS)
+        self._thread.join(None if self._mistake else TICK_SECONDS)
+        self._failed = True
         # From here on nothing ends it before it has shown its traceback.
         self._closing.set()
         self._thread.join()
@@ -137,6 +146,8 @@ class Watchdog:
         self._closing.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        if isinstance(error, UserError):
+            self._tell({"mistake": f"{self._report()}: {error}"})
         self._tell({"bye": True})
         for peer in self._peers:
             with contextlib.suppress(OSError):
@@ -158,16 +169,17 @@ class Watchdog:
         port, self._token = self._processes.once(listen)
         if self._listener:
             self._selector.register(self._listener, selectors.EVENT_READ)
-            return
-        address = os.environ["MASTER_ADDR"]
-        try:
-            peer = socket.create_connection((address, port), timeout=CONNECT_SECONDS)
-        except OSError as error:
-            raise UserError(
-                f"watchdog: rank {self._rank} on {self._host} cannot reach port {port} of {address}: {error}; "
-                "let the nodes of the job connect to each other"
-            ) from error
-        self._add(peer)
+        address, problem = os.environ["MASTER_ADDR"], None
+        if self._listener is None:
+            try:
+                self._add(socket.create_connection((address, port), timeout=CONNECT_SECONDS))
+            except OSError as error:
+                problem = (
+                    f"watchdog: rank {self._rank} on {self._host} cannot reach port {port} of {address}: {error}; "
+                    "let the nodes of the job connect to each other"
+                )
+        if found := next(filter(None, self._processes.gather(problem)), None):
+            raise UserError(found)
 
     def _add(self, peer: socket.socket) -> None:
         peer.settimeout(TICK_SECONDS)
@@ -212,6 +224,8 @@ class Watchdog:
             self._reports[self._rank] = mine
             self._tell({"report": asdict(mine)})
             self._arm(mine)
+            if self._mistake and not self._failed and now > self._mistake[1] + MEET_SECONDS:
+                self._end(self._mistake[0], [], show=self._rank == 0, status=USER_ERROR_EXIT)
             if slept < MISSED_SECONDS:
                 self._judge()
             else:  # this process was the one that did not run: what the others sent meanwhile comes first
@@ -243,7 +257,10 @@ class Watchdog:
                 if not lines.left:
                     self._reports[report.rank] = report
             elif "end" in message:
-                self._end(message["end"], [], show=self._rank == 0, stacks=message.get("stacks", False))
+                options = {key: message[key] for key in ("stacks", "status") if key in message}
+                self._end(message["end"], [], show=self._rank == 0, **options)
+            elif "mistake" in message:
+                self._mistake = self._mistake or (message["mistake"], time.monotonic())
             elif "bye" in message:
                 lines.left = True
         if not received:
@@ -266,9 +283,11 @@ class Watchdog:
             said = "; ".join(f"{r} has been silent in phase {r.phase} for {r.silent(now):.0f} s" for r in found)
             self._end(f"{said}; allowed: {overdue[0].limit:g} s", found, stacks=True)
 
-    def _end(self, reason: str, found: list[Report], *, show: bool = True, stacks: bool = False) -> None:
+    def _end(
+        self, reason: str, found: list[Report], *, show: bool = True, stacks: bool = False, status: int = LOST
+    ) -> None:
         """End this process, and tell the others why."""
-        self._tell({"end": reason, "stacks": stacks})
+        self._tell({"end": reason, "stacks": stacks, "status": status})
         if show:
             _write(f"error: {reason}; the job ends\n")
         if stacks:
@@ -282,7 +301,7 @@ class Watchdog:
         with contextlib.suppress(OSError):
             if self.before_exit:
                 self.before_exit()
-        os._exit(LOST)
+        os._exit(status)
 
     def _stacks(self) -> str:
         with tempfile.TemporaryFile() as file:

@@ -2,9 +2,9 @@
 
 Started by the deepspeed launcher with a JSON file: a list of {"config", "overrides", "action"}. The action is
 "train" (with "stop_after": steps after which a STOP file appears, and "spoil": what goes wrong in the last process in
-the step that begins with a sample; with "out_of_memory" a process has too little in the mock step, and the error's text
-goes to "message"), "gradients" (the first step's, to "output") or "resave" (load the only checkpoint
-of the run "source", save it into the folder "output").
+the step that begins with a sample; with "out_of_memory", a rank, that process has too little for the engine, with "all"
+they have in the mock step, and the error's text goes to "message"), "gradients" (the first step's, to "output") or
+"resave" (load the only checkpoint of the run "source", save it into the folder "output").
 """
 
 import json
@@ -48,7 +48,7 @@ def main() -> int:
             continue
         if processes.rank == 0 and "stop_after" in case:
             threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
-        with spoilt(case.get("spoil", {}), processes), out_of_memory(case.get("out_of_memory", False), processes):
+        with spoilt(case.get("spoil", {}), processes), out_of_memory(case.get("out_of_memory"), processes):
             try:
                 statuses.append(train(config, open_datasets(config), processes))
             except UserError as error:
@@ -63,14 +63,18 @@ def main() -> int:
 
 
 @contextmanager
-def out_of_memory(wanted: bool, processes: Processes) -> Iterator[None]:
-    """Let the last process run out of memory in the mock step."""
+def out_of_memory(whose: str | int | None, processes: Processes) -> Iterator[None]:
+    """Let all processes run out of memory in the mock step, or one while engines are built."""
 
-    def fail(config: RunConfig, engine: Any, processes: Processes) -> None:
-        if processes.rank == processes.world_size - 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 1 has …")
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 1 has …")
 
-    with mock.patch.object(trainer, "take_mock_step", fail) if wanted else nullcontext():
+    fault: Any = nullcontext()
+    if whose == "all":
+        fault = mock.patch.object(trainer, "take_mock_step", fail)
+    elif whose == processes.rank:
+        fault = mock.patch.object(trainer, "build_engine", fail)
+    with fault:
         yield
 
 

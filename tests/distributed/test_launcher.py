@@ -180,6 +180,26 @@ def test_a_process_that_fails_ends_the_job_with_its_name_and_error(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_mistake_that_one_process_alone_finds_ends_the_job(
+    start: Start, run_config: Path, tmp_path: Path, rank: int
+) -> None:
+    """The other one waits for it in a collective."""
+    case = {"config": str(run_config), "overrides": [f"run.dir={tmp_path / 'run'}"], "action": "train"}
+    (tmp_path / "cases.json").write_text(
+        json.dumps([case | {"out_of_memory": rank, "message": str(tmp_path / "message")}])
+    )
+    job = start("tests/distributed/driver.py", str(tmp_path / "cases.json"))
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 2, output
+    assert "Traceback" not in output
+    if rank:
+        assert output.count("error: ") == 1
+        assert re.search(r"error: rank 1 \(.+\): train: out of memory in a first step", output)
+    else:
+        assert "out of memory" in (tmp_path / "message").read_text()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_stopped_is_woken_for_its_stacks_and_ended(
     start: Start, run_config: Path, tmp_path: Path, rank: int
 ) -> None:

@@ -32,7 +32,7 @@ def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_facto
     first = [case("whole", kind) for kind in KINDS]
     mock = "train.mock_step=true"
     first += [case("cut", kind, mock, stop_after=3) for kind in KINDS]
-    first.append(case("small", "1", mock, out_of_memory=True, message=str(folder / "message")))
+    first.append(case("small", "1", mock, out_of_memory="all", message=str(folder / "message")))
     assert run_cases(folder, first, 2) == [0] * len(KINDS) + [75] * len(KINDS) + [2]
     for kind in KINDS:
         assert not (folder / f"cut-{kind}" / "DONE").exists()
@@ -78,7 +78,7 @@ def test_random_numbers_go_on_as_without_a_mock_step(folder: Path, kind: str) ->
     assert torch.equal(*states)
 
 
-def test_too_little_memory_in_one_process_is_found_before_the_run_exists(folder: Path) -> None:
+def test_too_little_memory_is_found_before_the_run_exists(folder: Path) -> None:
     assert "asked for 3.00 GiB" in (folder / "message").read_text()
     assert not (folder / "small-1").exists()
 

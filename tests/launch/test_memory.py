@@ -150,10 +150,11 @@ def test_the_mildest_settings_that_fit_are_named(large: RunConfig) -> None:
 
 def test_a_device_with_too_little_memory_is_a_user_error(large: RunConfig, alone: Processes) -> None:
     torchs = "CUDA out of memory. Tried to allocate 12.50 GiB. GPU 0 has a total capacity of 79.11 GiB of which …"
-    with pytest.raises(UserError) as caught, memory_errors_explained(large, alone):
+    with pytest.raises(UserError) as caught, memory_errors_explained(large, alone, snapshot=lambda: "see there"):
         raise torch.OutOfMemoryError(torchs)
     message = str(caught.value)
-    for expected in ("asked for 12.50 GiB", "by formula a step needs", "activations 9", "to fit, one of: train."):
+    said = ("asked for 12.50 GiB", "by formula a step needs", "activations 9", "to fit, one of: train.", "see there")
+    for expected in said:
         assert expected in message
     with pytest.raises(RuntimeError, match="another"), memory_errors_explained(large, alone):
         raise RuntimeError("another")
