@@ -32,6 +32,11 @@ class RunSection(StrictModel):
         description="never: an existing run is refused; auto: continue it if there is one (for supervisors); "
         "must: continue it, an error if there is none. `--resume` on the command line means must",
     )
+    max_hours: PositiveFloat | None = Field(
+        default=None,
+        description="wall-clock limit of each start: so long after its processes began, the run saves and stops with "
+        "status 75, to be resumed; leave time for a step and a checkpoint; default: none",
+    )
     init_from: Path | None = Field(
         default=None,
         description="checkpoint, or run directory (its newest), whose weights a new run starts from, with a fresh "

@@ -1,18 +1,27 @@
-"""Reasons to stop cleanly at the next step boundary: signals, a STOP file, a launcher that is gone."""
+"""Reasons to stop cleanly at the next step boundary: signals, a STOP file, a time limit, a launcher that is gone."""
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 STOP_FILE = "STOP"
 
 
 class StopRequest:
-    """Collects this process's reasons to stop. All processes compare theirs once a step."""
+    """Collects this process's reasons to stop. All processes compare theirs once a step.
 
-    def __init__(self, run_dir: Path) -> None:
+    max_hours: since this process began.
+    """
+
+    def __init__(self, run_dir: Path, max_hours: float | None = None) -> None:
         self._file = run_dir / STOP_FILE
+        self._max_hours = max_hours
+        # From here on a clock that nobody sets.
+        self._began = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._parent = os.getppid()
         self._signal: str | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -28,6 +37,8 @@ class StopRequest:
             return f"received {self._signal}"
         if self._file.exists():
             return f"found {self._file}"
+        if self._max_hours is not None and time.monotonic() - self._began > 3600 * self._max_hours:
+            return f"run.max_hours: {self._max_hours:g} hours are over"
         if os.getppid() != self._parent:
             return "the launcher is gone"
         return None

@@ -33,10 +33,13 @@ def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_facto
     mock = "train.mock_step=true"
     first += [case("cut", kind, mock, stop_after=3) for kind in KINDS]
     first.append(case("small", "1", mock, out_of_memory="all", message=str(folder / "message")))
-    assert run_cases(folder, first, 2) == [0] * len(KINDS) + [75] * len(KINDS) + [2]
+    first.append(case("limited", "1", "run.max_hours=1e-6"))
+    assert run_cases(folder, first, 2) == [0] * len(KINDS) + [75] * len(KINDS) + [2, 75]
     for kind in KINDS:
         assert not (folder / f"cut-{kind}" / "DONE").exists()
-    assert run_cases(folder, [case("cut", kind, mock, "run.resume=must") for kind in KINDS], 2) == [0] * len(KINDS)
+    second = [case("cut", kind, mock, "run.resume=must") for kind in KINDS]
+    second.append(case("limited", "1", "run.resume=must", "run.max_hours=100"))
+    assert run_cases(folder, second, 2) == [0] * (len(KINDS) + 1)
     return folder
 
 
@@ -81,6 +84,11 @@ def test_random_numbers_go_on_as_without_a_mock_step(folder: Path, kind: str) ->
 def test_too_little_memory_is_found_before_the_run_exists(folder: Path) -> None:
     assert "asked for 3.00 GiB" in (folder / "message").read_text()
     assert not (folder / "small-1").exists()
+
+
+def test_a_run_at_its_time_limit_is_saved(folder: Path, metric: Callable[[Path, str], dict[int, float]]) -> None:
+    assert (folder / "limited-1/checkpoints/step-00000000/manifest.json").exists()
+    assert metric(folder / "limited-1", "train/loss") == metric(folder / "whole-1", "train/loss")
 
 
 def tensors_of(value: Any, name: str = "") -> Any:
