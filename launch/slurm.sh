@@ -25,11 +25,11 @@ step=$!
 
 queue_again=
 trap 'queue_again=yes; kill -USR1 "$step"' USR1
-while true; do
-    wait "$step"
-    status=$?
-    kill -0 "$step" 2>/dev/null || break  # otherwise it was the trap that ended the wait
+while kill -0 "$step" 2>/dev/null; do
+    wait "$step"  # which the trap ends too
 done
+wait "$step"
+status=$?
 if [ -n "$queue_again" ] && [ "$status" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
