@@ -113,11 +113,13 @@ class Backup:
             try:
                 self._copy(checkpoint)
                 self._done.add(checkpoint.name)
-            except UserError as error:
-                self._refused.add(checkpoint.name)
-                say(f"warning: {checkpoint.name} is not copied to {self._location}: {error}")
             except Exception as error:
-                if checkpoint.exists():
+                if not checkpoint.exists():  # any more: retention was faster
+                    continue
+                if isinstance(error, UserError):
+                    self._refused.add(checkpoint.name)
+                    say(f"warning: {checkpoint.name} is not copied to {self._location}: {error}")
+                else:
                     say(
                         f"warning: {checkpoint.name} was not copied to {self._location}, which is tried again at the "
                         f"next checkpoint: {type(error).__name__}: {error}"

@@ -186,6 +186,24 @@ def test_a_checkpoint_that_goes_meanwhile_is_no_failure(
     assert "/step-00000002/manifest.json" not in copied("/there")
 
 
+def test_one_that_goes_before_it_is_read_is_no_failure(
+    write_checkpoint: WriteCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = backup_module.read_manifest
+
+    def delete_and_read(checkpoint: Path) -> dict[str, Any]:
+        shutil.rmtree(checkpoint)
+        return read(checkpoint)
+
+    write_checkpoint(tmp_path, 2)
+    monkeypatch.setattr(backup_module, "read_manifest", delete_and_read)
+    assert close(Backup(tmp_path, "place://there", "this")) is None
+    assert capsys.readouterr().out == ""
+
+
 def test_places_that_are_none(tmp_path: Path) -> None:
     check_place(None, tmp_path)
     check_place("place://there", tmp_path)
