@@ -123,32 +123,36 @@ class CheckpointSaver:
     def finish(self) -> None:
         """Wait until the checkpoint that was begun, if any, is written, and make it count. Called by all processes.
 
-        Raises `OSError` in all of them if one could not write.
+        Raises `OSError` in all of them if one could not write its files, `UserError` if the disk is too full for the
+        manifest.
         """
         pending, processes = self._pending, self._processes
         if pending is None:
             return
         began = time.perf_counter()
-        final = self._directory / pending.name
         files = self._written_files(pending)
         waited = time.perf_counter()
-        if processes.rank == 0:
-            write_json(pending.aside / "manifest.json", seal_manifest(pending.manifest | {"files": files}))
-            if final.exists():
-                remove(final)
-            os.replace(pending.aside, final)
-            sync_directory(self._directory)
-            with write_aside(self._directory / "latest") as file:
-                file.write(f"{pending.name}\n".encode())
-            saved = saved_checkpoints(self._directory)
-            doomed = {checkpoint.path for checkpoint in saved} - kept(saved, self._config.checkpoint)
-            self._remove(doomed - {*self._protected(), final})
-        processes.barrier()
+        final = processes.once(lambda: self._commit(pending, files))
         self._pending = None
         seconds, ended = pending.seconds | pending.writers.seconds, time.perf_counter()
         seconds |= {"wait": waited - began, "commit": ended - waited, "stall": seconds["stall"] + ended - began}
         size = sum(entry["size"] for entry in files.values())
         self._announce(SavedCheckpoint(final, pending.manifest["step"], size, seconds))
+
+    def _commit(self, pending: "_Pending", files: Files) -> Path:
+        """Make a checkpoint count whose files are all on disk."""
+        final = self._directory / pending.name
+        write_json(pending.aside / "manifest.json", seal_manifest(pending.manifest | {"files": files}))
+        if final.exists():
+            remove(final)
+        os.replace(pending.aside, final)
+        sync_directory(self._directory)
+        with write_aside(self._directory / "latest") as file:
+            file.write(f"{pending.name}\n".encode())
+        saved = saved_checkpoints(self._directory)
+        doomed = {checkpoint.path for checkpoint in saved} - kept(saved, self._config.checkpoint)
+        self._remove(doomed - {*self._protected(), final})
+        return final
 
     def close(self) -> None:
         """Give up what is not complete."""
