@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from launch import backup as backup_module
 from launch.backup import Backup, check_place
+from launch.checkpoint import read_manifest
 from pipeline.errors import UserError
 
 WriteCheckpoint = Callable[..., Path]
@@ -192,11 +193,9 @@ def test_one_that_goes_before_it_is_read_is_no_failure(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = backup_module.read_manifest
-
     def delete_and_read(checkpoint: Path) -> dict[str, Any]:
         shutil.rmtree(checkpoint)
-        return read(checkpoint)
+        return read_manifest(checkpoint)
 
     write_checkpoint(tmp_path, 2)
     monkeypatch.setattr(backup_module, "read_manifest", delete_and_read)

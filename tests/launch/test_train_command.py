@@ -1,6 +1,7 @@
 """`launch/train.py` by one process: what a user does wrong, checkpoints, and continuing."""
 
 import fcntl
+import importlib
 import json
 import os
 import shutil
@@ -69,6 +70,22 @@ def test_a_missing_config_file(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(tmp_path / "none.yaml") in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "begins"), [(0, 0, "error: "), (1, 1, ""), (8, 0, "error on ")])
+def test_each_node_says_what_is_wrong_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: int, local_rank: int, begins: str
+) -> None:
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # which importing it changes
+    command = importlib.import_module("launch.train")
+    monkeypatch.setattr(command, "SILENT_EXIT_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "argv", ["train.py", "only/on/the/other/node.yaml"])
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    assert command.main() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(begins)
+    assert said.count("only/on/the/other/node.yaml") == bool(begins)
 
 
 def test_settings_that_deepspeed_refuses(config: Path) -> None:
