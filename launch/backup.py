@@ -92,7 +92,7 @@ class Backup:
             return None
         return (
             f"warning: not copied to {self._location}: {', '.join(missing)}; they are in {self._checkpoints}, and the "
-            "next start of the run copies them"
+            "next start of the run copies them, unless it is done"
         )
 
     def _run(self) -> None:

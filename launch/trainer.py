@@ -308,8 +308,16 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
         sampler.close()
         if tracker and (message := tracker.close(outcome)):
             say(message)
-    if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: stop.reason is not None)):
+
+    def give_up() -> bool:
+        enter("wait")  # however long it takes: the copies see for themselves whether something moves
+        return stop.reason is not None
+
+    if backup and (message := backup.close(hurry=status == STOPPED, give_up=give_up)):
         say(message)
+    if status != FINISHED:
+        # Half a minute after one process has left with such a status, launchers kill the others.
+        processes.barrier()
     directory.close()
     return status
 
