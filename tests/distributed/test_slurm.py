@@ -129,9 +129,9 @@ def test_a_job_at_its_time_limit_saves_is_queued_again_and_goes_on(
     wait_for(lambda: job(cluster, number)["Restarts"] == "1", 120)
     assert "received SIGUSR1" in output.read_text()
     assert not (run / "DONE").exists()
-    shell(
-        cluster, "scontrol", "update", f"JobId={number}", "StartTime=now"
-    )  # SLURM lets such a job wait for two minutes
+    # SLURM lets such a job wait for two minutes. In the second in which it was ended, its node would refuse it.
+    time.sleep(2)
+    shell(cluster, "scontrol", "update", f"JobId={number}", "StartTime=now")
     wait_for((run / "DONE").exists, 300)
     wait_for(lambda: job(cluster, number)["JobState"] == "COMPLETED", 120)
     assert steps(run) == list(range(1, last + 1))  # no step lost, none taken twice
