@@ -10,6 +10,7 @@ import resource
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,6 +48,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "model": {"d_model": 256, "n_layers": 4, "chunk_size": 128},
         "data": {"seq_len": 1024},
         "train": {"tokens_per_step": 4096, "micro_batch": 2, "precision": "fp32", "zero_stage": 2},
+    },
+    "tiny": {
+        "model": {"d_model": 32, "n_layers": 2, "qk_dim": 16, "chunk_size": 64},
+        "data": {"seq_len": 128},
+        "train": {"tokens_per_step": 256, "micro_batch": 1, "precision": "fp32", "zero_stage": 1},
     },
 }
 CHECKPOINT_TOKENS = 2048
@@ -113,6 +119,7 @@ class AlternatingLoader:
                 engine.backward(engine(*batch) * scale)
                 engine.step()
         self.bare_ms.append(self._stop())
+        print(f"a step, ms: trainer {self.trainer_ms[-1]:.2f}, bare {self.bare_ms[-1]:.2f}", flush=True)
 
     def _start(self) -> None:
         synchronize(self._processes.device)
@@ -166,8 +173,8 @@ def measure_loop(size: str, folder: Path, processes: Processes, *, block: int, b
     }
 
 
-def measure_checkpoints(size: str, folder: Path, processes: Processes, *, saves: int) -> list[dict[str, Any]]:
-    """What one save costs in which training waits, and each of `saves` ones in the background."""
+def measure_checkpoints(size: str, folder: Path, processes: Processes, *, saves: int) -> Iterator[dict[str, Any]]:
+    """What one save costs in which training waits, then each of `saves` ones in the background."""
     context = min(CHECKPOINT_TOKENS, SIZES[size]["data"]["seq_len"])
     config = run_config(size, folder, seq_len=context, tokens_per_step=context, micro_batch=1, compile=False)
     engine = build_engine(config, processes)
@@ -181,7 +188,6 @@ def measure_checkpoints(size: str, folder: Path, processes: Processes, *, saves:
         synchronize(processes.device)
         return 1e3 * (time.perf_counter() - began)
 
-    rows = []
     state = open_stream(config, training).state
     for number in range(1 + saves):
         background = number > 0
@@ -204,22 +210,20 @@ def measure_checkpoints(size: str, folder: Path, processes: Processes, *, saves:
             beside.append(step())
         saver.finish()
         saver.close()
-        rows.append(
-            {
-                "size": size,
-                "parameters": count_parameters(config.model),
-                "background": background,
-                "bytes": saved[0].size,
-                **saved[0].seconds,
-                "step_ms": statistics.median(usual),
-                "step_ms_beside": statistics.median(beside) if beside else None,
-                "slowest_step_ms_beside": max(beside, default=None),
-                "steps_beside": len(beside),
-                "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            }
-        )
-        print(f"{saved[0]}; step {rows[-1]['step_ms']:.0f} ms, beside {rows[-1]['step_ms_beside']}", flush=True)
-    return rows
+        row = {
+            "size": size,
+            "parameters": count_parameters(config.model),
+            "background": background,
+            "bytes": saved[0].size,
+            **saved[0].seconds,
+            "step_ms": statistics.median(usual),
+            "step_ms_beside": statistics.median(beside) if beside else None,
+            "slowest_step_ms_beside": max(beside, default=None),
+            "steps_beside": len(beside),
+            "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        print(f"{saved[0]}; step {row['step_ms']:.0f} ms, beside {row['step_ms_beside']}", flush=True)
+        yield row
 
 
 def main() -> int:
@@ -243,7 +247,11 @@ def main() -> int:
         folder = Path(name)
         make_dataset(folder / "data", 30_000_000, seed=0)
         if arguments.checkpoint:
-            document["checkpoints"] = measure_checkpoints(size, folder, processes, saves=arguments.saves)
+            document["checkpoints"] = []
+            for row in measure_checkpoints(size, folder, processes, saves=arguments.saves):
+                document["checkpoints"].append(row)
+                if arguments.json:
+                    write_results(arguments.json, document)
         else:
             document["loop"] = measure_loop(
                 size, folder, processes, block=arguments.block, blocks=arguments.blocks, tracking=arguments.tracking

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from flash_model.init import initialize
 from flash_model.lm import FlashLM, build_model
 from launch.config import accumulation_steps
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 TINY = SIZES["tiny"]
 
@@ -293,3 +296,22 @@ def test_memory_is_measured_in_a_process_of_its_own(
     report = table.memory_report({**document, "rows": rows})
     assert "0.95" in report
     assert "out of memory" in report
+
+
+@pytest.mark.parametrize("options", [["--blocks", "2", "--block", "2"], ["--checkpoint", "--saves", "1"]])
+def test_the_loop_from_the_command_to_the_table(options: list[str], tmp_path: Path) -> None:
+    results = tmp_path / "loop.json"
+    command = [sys.executable, "-m", "benchmarks.loop", "--size", "tiny", *options, "--json", str(results)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(results.read_text())
+    if "--checkpoint" in options:
+        waiting, background = document["checkpoints"]
+        assert [waiting["background"], background["background"]] == [False, True]
+        assert min(waiting["bytes"], background["bytes"]) > 12 * waiting["parameters"]  # weights, two moments, fp32
+        assert "training waits" in done.stdout
+    else:
+        loop = document["loop"]
+        assert len(loop["trainer_ms"]) == len(loop["bare_ms"]) == 2
+        assert "overhead of the trainer" in done.stdout
