@@ -58,6 +58,12 @@ def open_datasets(config: RunConfig) -> Datasets:
         Component(component_name(part), TokenDataset.open(part.path, part.split), part.weight)
         for part in config.data.components
     ]
+    for component in components:
+        if component.dataset.n_tokens < config.data.seq_len:
+            raise UserError(
+                f"data.seq_len: {config.data.seq_len:,} tokens are more than all of {component.dataset.path}, "
+                f"which has {component.dataset.n_tokens:,}; lower it or prepare more text"
+            )
     training = Mixture(components)
     validation = {name: TokenDataset.open(ref.path, ref.split) for name, ref in config.data.validation.items()}
     first = components[0].dataset

@@ -100,6 +100,14 @@ def test_a_validation_set_of_another_tokenizer(
         open_datasets(load_run_config(write_config(data=data)))
 
 
+def test_windows_longer_than_all_of_the_text(prepared_data: Path, write_config: Callable[..., Path]) -> None:
+    config = load_run_config(
+        write_config(data={"path": str(prepared_data)}), ["data.seq_len=1048576", "train.tokens_per_step=8388608"]
+    )
+    with pytest.raises(UserError, match=r"data\.seq_len: 1,048,576 tokens are more than all of .*data, which has"):
+        open_datasets(config)
+
+
 def test_a_plan_for_devices_that_do_not_divide_is_refused(write_config: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="3 processes"):
         list(plan_lines(load_run_config(write_config()), devices=3, memory_gib=None, peak_tflops=None))
