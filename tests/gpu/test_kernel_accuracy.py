@@ -103,14 +103,16 @@ def test_kernels_are_as_accurate_as_they_must_be_and_repeat_their_bits(
 @pytest.mark.parametrize("quadratic", [False, True], ids=["mixed", "quadratic"])
 def test_gates_at_zero_and_far_out(quadratic: bool, dtype: torch.dtype) -> None:
     """SiLU and its derivative where u, v or z is 0, tiny, or so large that exp overflows."""
-    problem = draw(Case(64, 64, 257, 2, None if quadratic else 128), dtype)
     special = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 1e-18, -1e-18, 90.0, -90.0, 20.0, -20.0], dtype=dtype)
-    uvz = problem.tensors["uvz"]
-    chosen = torch.rand(uvz.shape, generator=torch.Generator().manual_seed(1)) < 0.1
-    values = special[torch.randint(len(special), uvz.shape, generator=torch.Generator().manual_seed(2))]
-    values[..., 64:] /= 8  # of v and z: sums would hold nothing else
-    uvz.copy_(torch.where(chosen, values, uvz.cpu()))
-    assert_accurate(together([measure(kernels, problem)]), measure_exactly([problem]), [problem])
+    # A few large numbers make up the norm of one draw, and their rounding its error: several are compared as one.
+    problems = [draw(Case(64, 64, 257, 2, None if quadratic else 128), dtype, seed) for seed in range(8)]
+    for seed, problem in enumerate(problems):
+        uvz, generator = problem.tensors["uvz"], torch.Generator().manual_seed(seed)
+        chosen = torch.rand(uvz.shape, generator=generator) < 0.1
+        values = special[torch.randint(len(special), uvz.shape, generator=generator)]
+        values[..., 64:] /= 8  # of v and z: sums would hold nothing else
+        uvz.copy_(torch.where(chosen, values, uvz.cpu()))
+    assert_accurate(together([measure(kernels, problem) for problem in problems]), measure_exactly(problems), problems)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
