@@ -112,10 +112,10 @@ def main() -> int:
     parser.add_argument("--memory", type=float, metavar="GiB", help="memory of a device: says which stages fit")
     parser.add_argument("--peak", type=float, metavar="TFLOPS", help="peak TFLOP/s of a device: gives the time")
     arguments = parser.parse_intermixed_args()
-    for name, least in (("devices", 1), ("memory", 0.0), ("peak", 0.0)):
+    for name in ("devices", "memory", "peak"):
         given = getattr(arguments, name)
-        if given is not None and (given < least or not math.isfinite(given) or given == 0):
-            raise UserError(f"--{name}: {given:g}: give {'1 or more' if least else 'more than 0'}")
+        if given is not None and not 0 < given < math.inf:
+            raise UserError(f"--{name}: {given:g}: give more than 0")
     config = load_run_config(arguments.config, arguments.overrides)
     for line in plan_lines(config, devices=arguments.devices, memory_gib=arguments.memory, peak_tflops=arguments.peak):
         print(line)

@@ -5,7 +5,6 @@ fingerprints; those of many units are merged into runs, and a task of the join r
 run. What a join finds, it finds for any number of workers.
 """
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.atomic import write_aside, write_json
+from pipeline.atomic import read_json, write_aside, write_json
 from pipeline.config import Content, NearDuplicates
 from pipeline.encode import Unit, documents
 
@@ -53,7 +52,7 @@ def find_duplicates(content: Content, units: Sequence[Unit], workspace: Path, ru
         return None
     folder = workspace / "duplicates"
     folder.mkdir(exist_ok=True)
-    ledgers = {number: done for number in range(len(units)) if (done := _read_ledger(folder, number)) is not None}
+    ledgers = {number: done for number in range(len(units)) if (done := read_json(_ledger(folder, number))) is not None}
     todo = [(content, number, unit, folder) for number, unit in enumerate(units) if number not in ledgers]
     ledgers |= dict(run(fingerprint_unit, todo))
     entries = [ledgers[number] for number in range(len(units))]
@@ -102,14 +101,6 @@ def _ledger(folder: Path, number: int) -> Path:
     return folder / f"{number:07d}.json"
 
 
-def _read_ledger(folder: Path, number: int) -> dict[str, int] | None:
-    try:
-        ledger: dict[str, int] = json.loads(_ledger(folder, number).read_bytes())
-    except FileNotFoundError:
-        return None
-    return ledger
-
-
 def _array(folder: Path, number: int, name: str) -> Path:
     return folder / f"{number:07d}.{name}.npy"
 
@@ -135,7 +126,7 @@ def fingerprint_unit(content: Content, number: int, unit: Unit, folder: Path) ->
 
     Returns (number, the unit's ledger: how many documents it has, how many of them have text to compare).
     """
-    if (done := _read_ledger(folder, number)) is not None:
+    if (done := read_json(_ledger(folder, number))) is not None:
         return number, done  # by an earlier run of this task, whose worker died at a later unit
     near = content.clean.near_duplicates
     places: list[int] = []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.atomic import write_json
+from pipeline.atomic import read_json, write_json
 from pipeline.clean import Dropped, clean
 from pipeline.config import Content
 from pipeline.errors import UserError
@@ -285,9 +285,8 @@ def _sample_of(document: Prepared, key: bytes) -> dict[str, Any]:
 
 def read_ledger(workspace: Path, number: int) -> Ledger | None:
     """A finished unit's ledger; None: it is not finished."""
-    try:
-        record = json.loads(unit_ledger(workspace, number).read_bytes())
-    except FileNotFoundError:
+    record = read_json(unit_ledger(workspace, number))
+    if record is None:
         return None
     counts = {
         split: {source: Counts(**{**entry, "dropped": Counter(entry["dropped"])}) for source, entry in sources.items()}
