@@ -188,12 +188,15 @@ def _compression(url: str) -> str | None:
 
 
 def file_state(url: str) -> tuple[Any, ...]:
-    """Changes when the file's content does, as far as its file system can tell: size, time of writing, tag."""
+    """Changes when the file's content does, as far as its file system can tell: size, time of writing, tag.
+
+    File systems name a tag differently: ETag (s3, http), etag (gs, az), oid (hf).
+    """
     from fsspec.core import url_to_fs
 
     filesystem, path = url_to_fs(url)
     facts = retry(filesystem, lambda: filesystem.info(path), patient=True)
-    return tuple(facts.get(name) for name in ("size", "mtime", "ETag"))
+    return tuple(facts.get(name) for name in ("size", "mtime", "ETag", "etag", "oid"))
 
 
 class _Closable(Protocol):
