@@ -100,6 +100,10 @@ class AlternatingLoader:
         self._position += 1
         return self._steps.next()
 
+    def refill(self) -> None:
+        """The trainer waits now."""
+        self._steps.refill()
+
     def close(self) -> None:
         """End the trainer's loader."""
         self._steps.close()

@@ -71,7 +71,16 @@ def _add_norm_linear(
     total_ND, normed_ND, mean_N, scale_N = triton_add_norm.forward(
         x_ND.contiguous(), update_ND, update_bias_D, gain_D, shift_D, eps=eps, center=center
     )
-    return total_ND, F.linear(normed_ND, weight_PD, bias_P), mean_N, scale_N
+    return total_ND, F.linear(normed_ND, weight_PD, _aligned(bias_P)), mean_N, scale_N
+
+
+def _aligned(vector: Tensor | None) -> Tensor | None:
+    """Return the vector at an address that is a multiple of 16 bytes, copied if need be.
+
+    In DeepSpeed's flat buffers a parameter lies behind others of any length; cuBLAS then takes kernels of years ago for
+    the whole product.
+    """
+    return vector if vector is None or vector.data_ptr() % 16 == 0 else vector.clone()
 
 
 @_add_norm_linear.register_fake

@@ -77,7 +77,7 @@ def deepspeed_config(config: "RunConfig", accumulation: int) -> dict[str, Any]:
     if config.train.precision == "bf16":
         # Left alone, DeepSpeed accumulates and reduces bf16 gradients in bf16.
         settings |= {
-            "bf16": {"enabled": True},
+            "bf16": {"enabled": True, "check_grad_overflow": False},  # the loop has looked before
             "data_types": {"grad_accum_dtype": "fp32"},
             "communication_data_type": "fp32",
         }

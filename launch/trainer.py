@@ -229,6 +229,7 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
                 if position < accumulation - 1:
                     engine.step()
             enter("step")
+            steps.refill()
             # This waits for the GPU: nothing reads the step's batches any more when the next step is asked for.
             total_nats, layer_norms = norms.reduce(nats)
             loss, norm = total_nats / max(targets, 1), total_norm(layer_norms)

@@ -53,6 +53,7 @@ class StepLoader:
             [stream.allocate(micro_batch, pinned=pinned) for _ in range(accumulation)] for _ in range(ahead + 1)
         ]
         self._in_use: int | None = None
+        self._spent: int | None = None
         self._closing = False
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[int, Step | BaseException]] = queue.SimpleQueue()
@@ -67,15 +68,26 @@ class StepLoader:
         """The next step; the one before must be done with. Raises what went wrong when it was prepared."""
         if self._thread is None:
             return self._prepare(0)
-        if self._in_use is not None:
-            self._free.put(self._in_use)
-            self._in_use = None
+        self.refill()
+        self._spent, self._in_use = self._in_use, None
+        if self._ready.empty():
+            self.refill()
         slot, step = self._ready.get()
         if isinstance(step, BaseException):
             self._ready.put((slot, step))
             raise step
         self._in_use = slot
         return step
+
+    def refill(self) -> None:
+        """Let the thread prepare a step in place of the last one but the current, if it is not at it already.
+
+        To be called when the process has nothing to do but to wait: until then the thread, which would compete with it
+        for the interpreter, is left asleep as long as a step is ready.
+        """
+        if self._spent is not None:
+            self._free.put(self._spent)
+            self._spent = None
 
     def close(self) -> None:
         """End the thread, after the step that it is at."""

@@ -63,6 +63,17 @@ def test_two_runs_give_the_same_bits(center: bool) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_a_bias_at_any_address_gives_the_same_bits(offset: int) -> None:
+    given = {name: value.bfloat16() for name, value in drawn(768, P=3200, rows=(8, 512)).items()}
+    expected = add_norm_linear(*(given[name] for name in NAMES), eps=1e-5, center=True)
+    moved = torch.empty(offset + 3200, device=DEVICE, dtype=torch.bfloat16)[offset:].copy_(given["bias"])
+    found = add_norm_linear(*((given | {"bias": moved})[name] for name in NAMES), eps=1e-5, center=True)
+    assert moved.data_ptr() % 16 != 0
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_torch_accepts_the_op() -> None:
     given = [drawn(64, rows=(1, 40))[name].float() for name in NAMES]
     flat = [t.reshape(-1, 64) if t.ndim == 3 else t for t in given]

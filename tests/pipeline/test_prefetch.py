@@ -70,9 +70,33 @@ def test_memory_in_use_is_not_written_to(dataset: TokenDataset) -> None:
     loader = StepLoader(TrainingStream(dataset, seq_len=8, seed=1), samples_per_step=4, micro_batch=4, ahead=3)
     for _ in range(20):
         step = loader.next()
+        loader.refill()
         before = contents(step)
         time.sleep(0.005)  # the thread fills what it has
         assert contents(step) == before
+    loader.close()
+
+
+def test_the_thread_sleeps_while_a_step_is_ready_until_it_may_go_on(dataset: TokenDataset) -> None:
+    stream = TrainingStream(dataset, seq_len=8, seed=1)
+    loader = StepLoader(stream, samples_per_step=4, micro_batch=4, ahead=2)
+
+    def wait_for(taken: int) -> None:
+        deadline = time.monotonic() + 10
+        while stream.state.next_sample < taken and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert stream.state.next_sample == taken
+
+    wait_for(8)
+    loader.next()
+    wait_for(8)
+    loader.refill()
+    wait_for(12)
+    loader.refill()
+    wait_for(12)
+    for number in range(2, 5):  # nobody lets it: it goes on nonetheless
+        assert loader.next().samples == list(range(4 * number - 4, 4 * number))
     loader.close()
 
 
@@ -102,6 +126,7 @@ def test_at_most_so_many_steps_are_prepared(dataset: TokenDataset) -> None:
     try:
         for number in range(5):
             loader.next()
+            loader.refill()
             deadline = time.monotonic() + 10
             while stream.state.next_sample < 4 * (number + 3) and time.monotonic() < deadline:
                 time.sleep(0.001)
