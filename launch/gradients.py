@@ -27,6 +27,7 @@ class GradientNorms:
             for name, parameter in engine.module.named_parameters()
         }
         self._layers = list(layers)
+        self._indices: dict[tuple[int, ...], torch.Tensor] = {}
 
     def reduce(self, nats: torch.Tensor) -> tuple[float, dict[str, float]]:
         """Sum of `nats` over all processes, and the norm before clipping of each layer's gradient, by layer.
@@ -42,10 +43,16 @@ class GradientNorms:
         if norms:
             # In float32, as DeepSpeed's own check: a norm whose square overflows there is no number here either.
             squares = torch.stack(norms).float().square().double()
-            sums.index_add_(0, torch.tensor(layers, device=sums.device), squares)
+            sums.index_add_(0, self._on_device(tuple(layers)), squares)
         dist.all_reduce(sums)
         total, *by_layer = sums.tolist()
         return total, {name: math.sqrt(square) for name, square in zip(self._layers, by_layer, strict=True)}
+
+    def _on_device(self, layers: tuple[int, ...]) -> torch.Tensor:
+        """The same every step, as a rule; and a copy to the GPU waits until it has done all that it was given."""
+        if layers not in self._indices:
+            self._indices = {layers: torch.tensor(layers, device=self._processes.device)}
+        return self._indices[layers]
 
     def _norms(self) -> Iterator[Share]:
         optimizer = self._engine.optimizer

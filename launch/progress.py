@@ -65,7 +65,9 @@ class Pace:
         if self._peak:
             self.metrics["perf/mfu"] = speed * self._flops / (self._world_size * self._peak * 1e12)
         if self._gpu:
-            self.metrics["perf/gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            # As torch.cuda.max_memory_allocated, which flattens all of the allocator's figures first.
+            figures = torch.cuda.memory_stats_as_nested_dict()
+            self.metrics["perf/gpu_memory_gib"] = figures["allocated_bytes"]["all"]["peak"] / 2**30
 
     def pause(self) -> None:
         """What happened since the last step (evaluation, saving) does not count as training."""
