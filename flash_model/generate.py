@@ -89,13 +89,16 @@ def generate_tokens(
 ) -> Iterator[int]:
     """Iterate over up to max_tokens tokens that follow a document start and the prompt; a document end stops it.
 
-    ValueError, before the first token, when model and tokenizer do not fit or flash_quad cannot read that far.
+    ValueError, before the first token, when model and tokenizer do not fit or flash_quad cannot read that far; at any
+    token when its logits are NaN.
     """
     config = model.config
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces, the model knows {config.vocab_size}")
     if max_tokens < 0:
         raise ValueError(f"max-tokens must not be negative: it is {max_tokens}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a number from 0 to 2^64 - 1: it is {seed}")
     to_read = len(prompt) + max(1, max_tokens)
     if config.architecture == "flash_quad" and config.norm_length is not None and to_read > config.norm_length:
         raise ValueError(
@@ -118,6 +121,8 @@ def _continue(
         else:
             logits = step(model, torch.tensor([token], device=device), state)
         allowed = logits[0].float().cpu()
+        if allowed.isnan().any():
+            raise ValueError("the model's logits are not numbers: it diverged in training, or its weights are damaged")
         allowed[tokenizer.never_written] = -torch.inf
         allowed[tokenizer.vocab_size :] = -torch.inf
         token = sampling.draw(allowed, generator)

@@ -26,7 +26,7 @@ class RunSection(StrictModel):
 
     dir: Path = Field(description="directory that holds everything of the run; relative to the working directory")
     name: str | None = Field(default=None, description="name shown in MLflow; default: the name of `dir`")
-    seed: int = Field(default=1234, ge=0, description="seed of initialisation and data order")
+    seed: int = Field(default=1234, ge=0, lt=2**63, description="seed of initialisation and data order")
     resume: Literal["never", "auto", "must"] = Field(
         default="never",
         description="never: an existing run is refused; auto: continue it if there is one (for supervisors); "

@@ -19,7 +19,7 @@ class SamplesSection(StrictModel):
         default=None, gt=0, le=1, description="draw from the likeliest tokens that reach this probability; null: all"
     )
     seed: int = Field(
-        default=0, ge=0, description="of the draws alone: training has the same bits with or without them"
+        default=0, ge=0, lt=2**63, description="of the draws alone: training has the same bits with or without them"
     )
 
 

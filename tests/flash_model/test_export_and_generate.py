@@ -130,6 +130,7 @@ def test_the_command_line_names_a_broken_file(
         ("top-k", ["--prompt", "x", "--top-k", "0"]),
         ("top-p", ["--prompt", "x", "--top-p", "1.5"]),
         ("max-tokens", ["--prompt", "x", "--max-tokens", "-1"]),
+        ("seed", ["--prompt", "x", "--seed", str(2**64)]),
         ("--device", ["--prompt", "x", "--device", "abacus"]),
     ],
 )
@@ -188,6 +189,14 @@ def test_a_larger_vocabulary_than_the_tokenizers_is_never_written(tokenizer: Tok
     small = build_model(config.model_copy(update={"vocab_size": 100}))
     with pytest.raises(ValueError, match="the model knows 100"):
         generate_text(small, tokenizer, "the")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_model_that_diverged_is_said_to_have(temperature: float, model: FlashLM, tokenizer: Tokenizer) -> None:
+    torch.nn.init.constant_(model.embedding.weight, torch.nan)
+    tokens = generate_tokens(model, tokenizer, [], max_tokens=3, sampling=Sampling(temperature))
+    with pytest.raises(ValueError, match="diverged"):
+        next(tokens)
 
 
 def test_flash_quad_says_before_the_first_token_that_it_cannot_read_so_far(tokenizer: Tokenizer) -> None:
