@@ -98,6 +98,8 @@ def start(config: Path, *overrides: str, cwd: Path | None = None, **environment:
         text=True,
         start_new_session=True,
         env=os.environ | environment,
+        # Ignored where a script started the tests in the background, and so in the job.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
