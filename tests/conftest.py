@@ -125,3 +125,19 @@ def all_windows(prepared_data: Path) -> int:
     assert tokens % 64, "the last window is full: masks would be equal"
     windows = -(-tokens // 64)
     return -(-windows // 4) * 4
+
+
+def recorded(run_dir: Path, name: str) -> dict[int, float]:
+    """The values of a metric by step, the last attempt's where several recorded it."""
+    values = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if name in record.get("metrics", {}):
+            values[record["step"]] = record["metrics"][name]
+    return values
+
+
+@pytest.fixture(scope="session")
+def metric() -> Callable[[Path, str], dict[int, float]]:
+    """Read a metric of a run: its values by step."""
+    return recorded

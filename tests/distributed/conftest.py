@@ -111,19 +111,3 @@ def run_config(prepared_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
-
-
-def recorded(run_dir: Path, name: str) -> dict[int, float]:
-    """The values of a metric by step, the last attempt's where several recorded it."""
-    values = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if name in record.get("metrics", {}):
-            values[record["step"]] = record["metrics"][name]
-    return values
-
-
-@pytest.fixture(scope="session")
-def metric() -> Callable[[Path, str], dict[int, float]]:
-    """Read a metric of a run: its values by step."""
-    return recorded

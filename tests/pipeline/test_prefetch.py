@@ -19,6 +19,15 @@ def dataset(make_dataset: Any) -> TokenDataset:
     return TokenDataset.open(make_dataset([[4 + n % 90] * (n % 7 + 1) for n in range(80)], per_shard=9), "train")
 
 
+def taken_in_the_end(stream: TrainingStream, expected: int) -> int:
+    """How many samples have been taken once there are as many as expected, and time for more has passed."""
+    deadline = time.monotonic() + 10
+    while stream.state.next_sample < expected and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    return stream.state.next_sample
+
+
 def contents(step: Step) -> Any:
     return [[tensor.tolist() for tensor in vars(batch).values()] for batch in step.batches]
 
@@ -80,21 +89,13 @@ def test_memory_in_use_is_not_written_to(dataset: TokenDataset) -> None:
 def test_the_thread_sleeps_while_a_step_is_ready_until_it_may_go_on(dataset: TokenDataset) -> None:
     stream = TrainingStream(dataset, seq_len=8, seed=1)
     loader = StepLoader(stream, samples_per_step=4, micro_batch=4, ahead=2)
-
-    def wait_for(taken: int) -> None:
-        deadline = time.monotonic() + 10
-        while stream.state.next_sample < taken and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.02)
-        assert stream.state.next_sample == taken
-
-    wait_for(8)
+    assert taken_in_the_end(stream, 8) == 8
     loader.next()
-    wait_for(8)
+    assert taken_in_the_end(stream, 8) == 8
     loader.refill()
-    wait_for(12)
+    assert taken_in_the_end(stream, 12) == 12
     loader.refill()
-    wait_for(12)
+    assert taken_in_the_end(stream, 12) == 12
     for number in range(2, 5):  # nobody lets it: it goes on nonetheless
         assert loader.next().samples == list(range(4 * number - 4, 4 * number))
     loader.close()
@@ -127,10 +128,7 @@ def test_at_most_so_many_steps_are_prepared(dataset: TokenDataset) -> None:
         for number in range(5):
             loader.next()
             loader.refill()
-            deadline = time.monotonic() + 10
-            while stream.state.next_sample < 4 * (number + 3) and time.monotonic() < deadline:
-                time.sleep(0.001)
-            time.sleep(0.01)
-            assert stream.state.next_sample == 4 * (number + 3), "one in use, two ahead"
+            expected = 4 * (number + 3)
+            assert taken_in_the_end(stream, expected) == expected, "one in use, two ahead"
     finally:
         loader.close()
