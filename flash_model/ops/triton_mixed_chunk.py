@@ -101,7 +101,9 @@ class _Call:
         return torch.empty(shape, dtype=dtype or self.inputs.uvz.dtype, device=self.inputs.uvz.device)
 
     def launch(self, name: str) -> Launch:
-        launch = LAUNCHES[self.inputs.uvz.dtype][name]
+        launches = LAUNCHES[self.inputs.uvz.dtype]
+        variant = "_two" if self.two else "_wide" if self.E > 2048 else ""
+        launch = launches.get(name + variant, launches[name])
         blocks = dict(launch.blocks)
         extents = {"BLOCK_L": self.L, "BLOCK_S": self.S, **dict.fromkeys(("BLOCK_E", "SUMS_E", "GATE_E"), self.E)}
         for block, extent in extents.items():
@@ -166,12 +168,13 @@ class _Heads(NamedTuple):
     own_k: Tensor | None
     queries: Tensor  # (N, C, L + C): lin_q, weights; backward (N, C, L): lin_q
     keys: Tensor  # (N, C, L): lin_k; backward (N, C, C + L): weightsᵀ, lin_k
-    relu: Tensor | None  # (N, C, C), only where own chunks are read linearly
+    relu: Tensor | None  # (N, C keys, C queries), backward only, and only where own chunks are read linearly
 
 
 def _make_heads(call: _Call, *, backward: bool) -> _Heads:
     inputs, N, C, S, L = call.inputs, call.N, call.C, call.S, call.L
-    own_q, own_k, relu = (call.new(N, C, S), call.new(N, C, S), call.new(N, C, C)) if call.two else (None,) * 3
+    own_q, own_k = (call.new(N, C, S), call.new(N, C, S)) if call.two else (None, None)
+    relu = call.new(N, C, C) if call.two and backward else None
     queries, keys = call.new(N, C, L if backward else L + C), call.new(N, C, C + L if backward else L)
     heads = _Heads(call.new(N, C, S), call.new(N, C, S), own_q, own_k, queries, keys, relu)
     launch = call.launch("heads")

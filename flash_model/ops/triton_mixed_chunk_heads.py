@@ -152,8 +152,8 @@ def scores_kernel(
 ):  # fmt: skip
     """weights: relu(quad_q quad_kᵀ / C + bias)², with own_q own_kᵀ where own chunks are read linearly.
 
-    C columns, keys (TRANSPOSED: queries), of rows of WIDTH, queries (keys). relu (N, C, C), in the same order, is
-    written only with own_q. Blocks above the diagonal stay unwritten, in units of ROWS. Grid: (block pairs, N).
+    C columns, keys (TRANSPOSED: queries), of rows of WIDTH, queries (keys). relu (N, C keys, C queries) is written
+    only with own_q and TRANSPOSED. Blocks above the diagonal stay unwritten, in units of ROWS. Grid: (block pairs, N).
     """
     TWO: tl.constexpr = DOCS and not CAUSAL
     BLOCKS: tl.constexpr = C // ROWS
@@ -179,8 +179,8 @@ def scores_kernel(
     relu = tl.where(allowed, tl.maximum(scores, 0.0), 0.0)
     weights = relu * relu
     if TWO:
-        tl.store(relu_ptr + (chunk + row)[:, None] * C + column[None, :], relu.to(relu_ptr.dtype.element_ty))
         if TRANSPOSED:
+            tl.store(relu_ptr + (chunk + row)[:, None] * C + column[None, :], relu.to(relu_ptr.dtype.element_ty))
             linear = _product(own_k_ptr, own_q_ptr, chunk + row, chunk + column, S)
         else:
             linear = _product(own_q_ptr, own_k_ptr, chunk + row, chunk + column, S)

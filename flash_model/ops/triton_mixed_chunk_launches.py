@@ -21,13 +21,22 @@ class Launch(NamedTuple):
 
 # Chosen once, by timing on an H100, never at run time: the bits of a run do not depend on a race between candidates.
 # Blocks of E, L and S are upper bounds: halved until they divide it. Kernels over whole heads: warps for S ≤ 128.
+# NAME_two, where there is one, is NAME's for bidirectional calls with documents, NAME_wide its for E > 2,048.
 LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
     torch.bfloat16: {
         "heads": Launch({"ROWS": 32}, 4),
         "scores": Launch({"ROWS": 128}, 4),
+        "scores_two": Launch({"ROWS": 64}, 4),
         "forward": Launch(
             {
-                "SLICE": 4, "BLOCK": 4096, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
+                "SLICE": 5, "BLOCK": 4096, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
+                "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
+            },
+            8, 3, 128,
+        ),
+        "forward_wide": Launch(
+            {
+                "SLICE": 2, "BLOCK": 8192, "BLOCK_L": 128, "SUMS_E": 128, "SUMS_STEP": 64,
                 "ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3,
             },
             8, 3, 128,
@@ -40,8 +49,8 @@ LAUNCHES: dict[torch.dtype, dict[str, Launch]] = {
             8, 3, 128,
         ),
         "chunk_sums": Launch({"BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3),
-        "route": Launch({"BLOCK": 1024, "AHEAD": 8}, 4),
-        "output": Launch({"ROWS": 128, "BLOCK_E": 64, "STEP": 64, "STAGES": 3}, 4, 3, 168),
+        "route": Launch({"BLOCK": 1024, "AHEAD": 16}, 4),
+        "output": Launch({"ROWS": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3),
         "gate_backward": Launch({"BLOCK_L": 128, "BLOCK_E": 64, "STEP": 64, "STAGES": 2}, 4, 2),
         "products_backward": Launch(
             {"ROWS": 128, "BLOCK_L": 128, "BLOCK_E": 128, "STEP": 64, "STAGES": 3}, 8, 3, 128

@@ -1,8 +1,10 @@
 """Run every kernel once on small odd shapes, for a tool that watches memory.
 
 compute-sanitizer --tool memcheck python -m tests.gpu.sanitize
-compute-sanitizer --tool racecheck python -m tests.gpu.sanitize
+compute-sanitizer --tool racecheck python -m tests.gpu.sanitize [bfloat16 | float32]
 """
+
+import sys
 
 import torch
 
@@ -30,8 +32,9 @@ def run_loss(dtype: torch.dtype) -> None:
 
 
 def main() -> None:
-    """Forward and backward of every case in both dtypes; the last line is "done"."""
-    for dtype in (torch.bfloat16, torch.float32):
+    """Forward and backward of every case in both dtypes, or those named; the last line is "done"."""
+    for name in sys.argv[1:] or ("bfloat16", "float32"):
+        dtype = getattr(torch, name)
         for case in CASES:
             measure(kernels, draw(case, dtype))
             torch.cuda.synchronize()
