@@ -34,6 +34,7 @@ class NodeProcesses:
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._signals: list[int] = []
+        self._ended: set[int] | None = None
         self._lock = threading.Lock()
 
     def address(self) -> tuple[str, int]:
@@ -45,10 +46,13 @@ class NodeProcesses:
         return ray.util.get_node_ip_address(), free_port()
 
     def run(self, environments: Sequence[dict[str, str]], arguments: Sequence[str]) -> list[int]:
-        """Run one process for each environment to its end; their exit statuses, 128 + the signal that ended one."""
+        """Run one process for each environment to its end; their exit statuses, 128 + the signal that ended one.
+
+        What `end` killed has none.
+        """
         command = [sys.executable, str(ROOT / "launch/train.py"), *arguments]
         with self._lock:
-            for environment in environments:
+            for environment in environments if self._ended is None else ():
                 self._processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment))
             for number in self._signals:
                 self._send(number)
@@ -57,9 +61,10 @@ class NodeProcesses:
             if failed_at is None and any(process.poll() for process in self._processes):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() > failed_at + _GRACE_SECONDS:
-                self._send(signal.SIGKILL)
+                self.end()
             time.sleep(_CHECK_SECONDS)
-        statuses = [process.wait() for process in self._processes]
+        ended = self._ended or ()
+        statuses = [process.wait() for process in self._processes if process.pid not in ended]
         return [status if status >= 0 else 128 - status for status in statuses]
 
     def signal(self, number: int) -> None:
@@ -67,6 +72,13 @@ class NodeProcesses:
         with self._lock:
             self._signals.append(number)
             self._send(number)
+
+    def end(self) -> None:
+        """Kill what still runs, because another process has failed."""
+        with self._lock:
+            running = {process.pid for process in self._processes if process.poll() is None}
+            self._ended = running | (self._ended or set())
+            self._send(signal.SIGKILL)
 
     def _send(self, number: int) -> None:
         for process in self._processes:
@@ -165,11 +177,12 @@ def run(arguments: Sequence[str], nodes: int | None, processes: int | None) -> i
 
 
 def _wait(running: dict[Any, int], members: Sequence[Any], signals: _Signals) -> int:
-    """Wait for all nodes, pass signals on, and end the rest when a node is lost."""
+    """Wait for all nodes, pass signals on, and end the rest when a node is lost or has failed."""
     import ray
 
     statuses: list[int] = []
     waiting, passed_on = list(running), 0
+    failed_at = None
     while waiting:
         done, waiting = ray.wait(waiting, timeout=_CHECK_SECONDS)
         for number in signals.received[passed_on:]:
@@ -185,6 +198,14 @@ def _wait(running: dict[Any, int], members: Sequence[Any], signals: _Signals) ->
                 statuses.append(1)
                 for member in members:
                     member.signal.remote(signal.SIGTERM)
+        if failed_at is None and any(statuses):
+            failed_at = time.monotonic()
+        if failed_at is not None and waiting and time.monotonic() > failed_at + _GRACE_SECONDS:
+            nodes = ", ".join(str(running[result]) for result in waiting)
+            print(f"error: ending what still runs on node {nodes}: another one has failed", file=sys.stderr, flush=True)
+            for member in members:
+                member.end.remote()
+            failed_at = float("inf")
     odd = [status for status in statuses if status not in (0, *_STATUSES)]
     return next((status for status in (*odd, *_STATUSES) if status in statuses), 0)
 

@@ -92,7 +92,8 @@ def mixed_chunk_attention(
         for a float64 uvz). Gradients reach uvz, gamma, beta, bias and state.sum, also through the returned sum.
 
     Raises:
-        ValueError: an argument has an impossible shape, dtype, device or value.
+        ValueError: an argument has an impossible shape, dtype, device or value, or there are more than 65,535 chunks
+            and the kernels run.
     """
     check_chunk_size(chunk_size)
     check_projection(

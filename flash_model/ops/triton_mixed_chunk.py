@@ -50,6 +50,9 @@ def _rotary_tables(start: int, chunks: int, C: int, H: int, base: float, device:
     return next(tables), next(tables)
 
 
+MOST_CHUNKS = 65_535  # a grid's second dimension holds no more
+
+
 @dataclass(frozen=True)
 class _Call:
     """What every kernel of one call needs: tensors, sizes, launches."""
@@ -66,6 +69,11 @@ class _Call:
     def of(cls, inputs: Inputs) -> "_Call":
         B, T, width = inputs.uvz.shape
         S, C = inputs.gamma.shape[1], inputs.chunk_size
+        if (chunks := B * -(-T // C)) > MOST_CHUNKS:
+            raise ValueError(
+                f"uvz holds {chunks:,} chunks, {B:,} sequences of {T:,} tokens in chunks of {C}: the kernels take at "
+                f"most {MOST_CHUNKS:,} in one call; split the batch, or set FLASH_OP=reference"
+            )
         inputs = inputs._replace(
             uvz=inputs.uvz if inputs.uvz.stride(2) == 1 else inputs.uvz.contiguous(),
             gamma=inputs.gamma.contiguous(),

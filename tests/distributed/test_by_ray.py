@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+import launch.by_ray
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,9 +40,11 @@ def environment() -> Iterator[dict[str, str]]:
         cluster.communicate("\n", timeout=60)
 
 
-def by_ray(environment: dict[str, str], *arguments: str) -> "subprocess.Popen[str]":
+def by_ray(
+    environment: dict[str, str], *arguments: str, command: Sequence[str] = ("-m", "launch.by_ray")
+) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "launch.by_ray", *arguments],
+        [sys.executable, *command, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -75,6 +79,44 @@ def test_a_run_over_two_nodes_stops_goes_on_and_has_the_losses_of_the_launcher(
     other = launch("launch/train.py", *settings, f"run.dir={tmp_path / 'other'}")
     assert other.returncode == 0, other.stderr
     assert metric(run, "train/loss") == metric(tmp_path / "other", "train/loss")
+
+
+IMPATIENT = """
+from launch import by_ray
+by_ray._GRACE_SECONDS = 1.0
+by_ray.run_command(by_ray.main)
+"""
+
+
+def test_a_node_that_fails_before_all_have_met_ends_the_others_with_its_status(
+    environment: dict[str, str], run_config: Path, prepared_data: Path, tmp_path: Path
+) -> None:
+    """The second node has no data where the first one has; the first waits for it."""
+    (tmp_path / "data0").symlink_to(prepared_data)
+    run = by_ray(
+        environment,
+        "--processes-per-node=1",
+        str(run_config),
+        f"run.dir={tmp_path / 'run'}",
+        f"data.path={tmp_path}/data${{oc.env:RANK,0}}",
+        command=("-c", IMPATIENT),
+    )
+    output, _ = run.communicate(timeout=120)
+    assert run.returncode == 2, output
+    assert "data1" in output
+    assert "ending what still runs on node 0" in output
+
+
+def test_a_process_that_fails_ends_those_beside_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch/train.py").write_text(
+        "import os, signal, time\n"
+        "time.sleep(600) if os.environ['RANK'] == '0' else os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setattr(launch.by_ray, "ROOT", tmp_path)
+    monkeypatch.setattr(launch.by_ray, "_GRACE_SECONDS", 0.5)
+    node = launch.by_ray.NodeProcesses()
+    assert node.run([{"RANK": "0"}, {"RANK": "1"}], []) == [128 + signal.SIGKILL]
 
 
 def test_a_cluster_that_is_too_small_and_none_at_all(

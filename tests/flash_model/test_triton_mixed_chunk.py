@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from flash_model.ops.reference import Inputs
 from tests.gpu.comparison import Case, draw, exactly, measure, public_op, relative_errors, runs_kernels
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -98,6 +99,16 @@ def test_interpreted_kernels_equal_the_reference(case: Case, dtype: torch.dtype,
 def test_offsets_of_long_sequences_do_not_overflow(interpreted: dict[str, Any]) -> None:
     """Sequences of a 1.3B model beyond 258,000 tokens have more than 2³¹ elements."""
     assert interpreted["second sequence"] == 300_000 * 8320
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_more_chunks_than_a_launch_holds_are_named_before_any_kernel_runs() -> None:
+    from flash_model.ops.triton_mixed_chunk import MOST_CHUNKS, forward
+
+    uvz, heads = torch.zeros(1, 1, 192).expand(MOST_CHUNKS + 1, 1, 192), torch.zeros(4, 64)
+    inputs = Inputs(uvz, heads, heads, torch.zeros(255), None, None, None, None, 128, True, 0, 10_000.0)
+    with pytest.raises(ValueError, match="uvz holds 65,536 chunks, 65,536 sequences of 1 tokens in chunks of 128"):
+        forward(inputs, return_state=False)
 
 
 if __name__ == "__main__":
