@@ -23,9 +23,8 @@ from benchmarks.machine import TimeLimit, describe_machine, median_milliseconds
 from benchmarks.report import DispatchLog, write_results
 from benchmarks.step import clean_up
 from benchmarks.table import op_report
+from flash_model.flops import mixed_chunk_flops, quadratic_flops
 from flash_model.ops import AttentionState, mixed_chunk_attention, quadratic_attention
-from flash_model.ops.mixed_chunk import mixed_chunk_flops
-from flash_model.ops.quadratic import quadratic_flops
 
 DOCUMENT_TOKENS = 1000  # average length of the documents
 

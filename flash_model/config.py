@@ -5,8 +5,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flash_model.ops.mixed_chunk import mixed_chunk_flops
-from flash_model.ops.quadratic import quadratic_flops
+from flash_model.flops import mixed_chunk_flops, quadratic_flops
 
 TOEPLITZ_POSITIONS = 512  # fewer positions than this learn one bias weight for each distance (paper, section 3)
 

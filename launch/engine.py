@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,8 +124,7 @@ def start_processes() -> Processes:
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
+    deepspeed = _import_deepspeed()
     deepspeed.utils.logging.set_log_level_from_string("warning")
     # DeepSpeed's own calls, which this project cannot change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -147,6 +147,18 @@ def start_processes() -> Processes:
         ) from error
     control = dist.new_group(backend="gloo") if gpu else dist.group.WORLD
     return Processes(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without MLflow, which its autotuner would load wherever it is installed, in every process."""
+    loaded = "mlflow" in sys.modules
+    if not loaded:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    import deepspeed
+
+    if not loaded:
+        del sys.modules["mlflow"]
+    return deepspeed
 
 
 def build_engine(config: RunConfig, processes: Processes) -> Any:

@@ -124,3 +124,10 @@ def test_no_module_loads_the_heavy_packages_when_imported() -> None:
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("module", ["launch.config", "launch.replay", "launch.by_ray", "launch.system_metrics"])
+def test_what_runs_beside_training_does_not_load_torch(module: str) -> None:
+    """It costs a second and 150 MB, on a node whose cores are busy."""
+    script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

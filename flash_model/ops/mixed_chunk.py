@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_model.flops import mixed_chunk_flops
 from flash_model.ops import dispatch, reference
 from flash_model.ops.checks import check_chunk_size, check_projection
 from flash_model.ops.heads import accumulation_dtype
@@ -306,17 +307,6 @@ def _differentiate(
 
 
 _mixed_chunk.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def mixed_chunk_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, chunk_size: int, causal: bool) -> int:
-    """Return the model FLOPs of the forward op for `tokens` tokens in sequences of seq_len.
-
-    A token costs 2·C·(S + E) in its chunk, half of it when causal, and 4·S·E in the linear part (paper, section 2).
-    Documents are not looked at.
-    """
-    block = min(chunk_size, seq_len)
-    local = 2 * block * (qk_dim + value_dim)
-    return tokens * ((local // 2 if causal else local) + 4 * qk_dim * value_dim)
 
 
 @register_flop_formula(torch.ops.flash_model.mixed_chunk)

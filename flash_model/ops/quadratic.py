@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_model.flops import quadratic_flops
 from flash_model.ops import dispatch
 from flash_model.ops import reference_quadratic as reference
 from flash_model.ops.checks import check_projection
@@ -136,12 +137,6 @@ def _differentiate(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _quadratic.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def quadratic_flops(tokens: int, seq_len: int, qk_dim: int, value_dim: int, causal: bool) -> int:
-    """Return the model FLOPs of the forward op: 2·seq_len·(S + E) for each of the tokens, half of it when causal."""
-    total = tokens * 2 * seq_len * (qk_dim + value_dim)
-    return total // 2 if causal else total
 
 
 @register_flop_formula(torch.ops.flash_model.quadratic)

@@ -56,6 +56,7 @@ def main() -> int:
                     Path(case["message"]).write_text(str(error))
                 statuses.append(USER_ERROR_EXIT)
         assert "prefetch" not in [thread.name for thread in threading.enumerate()], "a thread outlived its run"
+        assert "mlflow" not in sys.modules, "only a run's sender loads MLflow"
     if processes.rank == 0:
         spec.with_suffix(".statuses").write_text(json.dumps(statuses))
     processes.leave()

@@ -10,11 +10,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_model.config import ModelConfig
+from flash_model.flops import mixed_chunk_flops, quadratic_flops
 from flash_model.gau import GatedAttentionUnit
 from flash_model.init import initialize
 from flash_model.ops import AttentionState, mixed_chunk_attention, quadratic_attention
-from flash_model.ops.mixed_chunk import mixed_chunk_flops
-from flash_model.ops.quadratic import quadratic_flops
 from tests.gpu.comparison import DEVICE, Case, Problem, draw, kernels, measure, relative_errors
 
 pytestmark = pytest.mark.gpu
