@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,7 +93,9 @@ def same_compiled(architecture: Any) -> bool:
 def main() -> None:
     """Print, as JSON, the errors by case, and whether layers compile."""
     from flash_model import triton_add_norm
+    from tests.flash_model.interpreter import hasten_interpreter
 
+    hasten_interpreter()
     torch.use_deterministic_algorithms(True)  # with it, torch.empty fills with NaN: what is left unwritten shows
     vars(sys.modules["flash_model.add_norm_linear"])["_has_kernels"] = lambda _: True
     triton_add_norm.PROGRAMS = 5  # unequal shares of the rows
@@ -104,7 +107,7 @@ def main() -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results: dict[str, Any] = json.loads(done.stdout)

@@ -65,6 +65,9 @@ def errors_of(case: Case, dtype: torch.dtype) -> dict[str, float]:
 
 def main() -> None:
     """Print, as JSON by case, the relative errors, or the traceback of what went wrong."""
+    from tests.flash_model.interpreter import hasten_interpreter
+
+    hasten_interpreter()
     torch.use_deterministic_algorithms(True)  # with it, torch.empty fills with NaN
     results: dict[str, Any] = {}
     for case, dtype in CASES:

@@ -107,7 +107,9 @@ def outcome_of(case: Case) -> dict[str, float]:
 def main() -> None:
     """Print, as JSON by case, what came out, or the traceback of what went wrong."""
     from flash_model.ops import triton_quadratic
+    from tests.flash_model.interpreter import hasten_interpreter
 
+    hasten_interpreter()
     torch.use_deterministic_algorithms(True)  # with it, torch.empty fills with NaN
     triton_quadratic.STRIP = STRIP
     # The interpreter's time goes by the number of blocks: few large ones.
