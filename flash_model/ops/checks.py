@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""torch cannot compare wider unsigned ones."""
 
 
 def check_projection(
@@ -48,8 +50,8 @@ def check_projection(
     if doc_ids is not None:
         if doc_ids.shape != uvz.shape[:2]:
             raise ValueError(f"doc_ids must have shape (B, T) = {tuple(uvz.shape[:2])}: it has {tuple(doc_ids.shape)}")
-        if doc_ids.is_floating_point() or doc_ids.is_complex() or doc_ids.dtype == torch.bool:
-            raise ValueError(f"doc_ids must be integers: they are {doc_ids.dtype}")
+        if doc_ids.dtype not in INTEGERS:
+            raise ValueError(f"doc_ids must be signed integers or uint8: they are {doc_ids.dtype}")
     for name, other in (parameters | {"doc_ids": doc_ids}).items():
         if other is not None and other.device != uvz.device:
             raise ValueError(f"{name} is on {other.device}, uvz on {uvz.device}: all must be on one device")
