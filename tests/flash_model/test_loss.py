@@ -102,6 +102,10 @@ def test_what_does_not_fit_is_named() -> None:
         linear_cross_entropy(hidden, weight, targets[:3])
     with pytest.raises(ValueError, match=r"mask .*\(4,\)"):
         linear_cross_entropy(hidden, weight, targets, torch.ones(4, 1))
+    with pytest.raises(ValueError, match=r"targets .*float32"):
+        linear_cross_entropy(hidden, weight, targets.float())
+    with pytest.raises(ValueError, match=r"hidden .*\(\.\.\., D\)"):
+        linear_cross_entropy(hidden[0, 0], weight, targets[0])
 
 
 def test_no_token_at_all() -> None:
