@@ -90,7 +90,8 @@ class FlashLM(nn.Module):
         update: tuple[Tensor, ...] = ()
         for number, layer in enumerate(self.layers):
             if number in self.recomputed:
-                # Added up first, as the layer would, there is one tensor to keep instead of two. Nothing is random.
+                # Added up first there is one tensor to keep instead of two: the plain layer's bits, where its kernel
+                # rounds once. Nothing is random.
                 x = x + sum(update[1:], update[0]) if update else x
                 x, *update = checkpoint(layer, x, doc_ids, use_reentrant=False, preserve_rng_state=False)
             else:
