@@ -140,8 +140,7 @@ def profile_step(
     batch = size.batch(context)
     model = models.build(entrant, size, context, device, torch.bfloat16)
     config = models.model_config(model)
-    if not isinstance(config, ModelConfig):
-        raise ValueError(f"--profile: {entrant.title} has no stages here; take a FLASH model")
+    assert isinstance(config, ModelConfig), f"{entrant.title} has no stages here"
     parameters, _ = models.model_size(model, context)
     with entrant.chosen_attention():
         step = TrainingStep(model, batch, context, device, compiled)

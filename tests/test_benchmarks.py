@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, memory, models, op, plot, step, table
+from benchmarks import convergence, machine, memory, models, op, plot, step, table
 from benchmarks.models import ENTRANTS, SIZES
 from benchmarks.plain_flash import PlainFlashLM
 from benchmarks.report import markdown_table
@@ -22,6 +22,7 @@ from flash_model.config import ModelConfig
 from flash_model.init import initialize
 from flash_model.lm import FlashLM, build_model
 from launch.config import accumulation_steps
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -116,6 +117,56 @@ def test_steps_from_the_command_to_table_and_plot(
     picture = tmp_path / "speed.svg"
     run(plot.main, monkeypatch, str(results), "--out", str(picture))
     assert "</svg>" in picture.read_text()
+
+
+WRONG: list[tuple[Any, str, list[str]]] = [
+    (step, "--context", ["--context", "0"]),
+    (step, "--profile: t++-fa2 has no stages", ["--profile", "--model", "t++-fa2"]),
+    (step, "--json", ["--json", "/dev/null/step.json"]),
+    (op, "--json", ["--json", "/"]),
+    (op, "they are: mixed_chunk_attention", ["--only", "nothing"]),
+    (convergence, "--steps", ["--steps", "0"]),
+    (plot, "curve.txt is no .png", ["step.json", "--out", "curve.txt"]),
+]
+
+
+@pytest.mark.parametrize(("command", "named", "arguments"), WRONG)
+def test_what_is_wrong_with_a_command_is_said_before_anything_is_measured(
+    command: Any,
+    named: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(machine, "describe_machine", None)
+    with pytest.raises(SystemExit) as left:
+        run(command.main, monkeypatch, *arguments)
+    assert left.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "holds results of None"),
+        ('{"benchmark": "sleep"}', "holds results of sleep"),
+        ('{"benchmark": "step", "rows": [{"status": "out of memory"}]}', "no row that was measured"),
+    ],
+)
+def test_files_that_hold_nothing_to_draw_are_named(
+    content: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, figure = tmp_path / "some.json", tmp_path / "figure.png"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=rf"some\.json .*{named}"):
+        run(plot.main, monkeypatch, str(file), "--out", str(figure))
+    assert not figure.exists()
+    if "no row" not in named:
+        with pytest.raises(UserError, match=rf"some\.json .*{named}"):
+            run(table.main, monkeypatch, str(file))
 
 
 def test_the_ops_from_the_command_to_the_table(
