@@ -61,3 +61,9 @@ def check_chunk_size(chunk_size: int) -> None:
     """Raise ValueError unless chunk_size is a power of two."""
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two: it is {chunk_size}")
+
+
+def check_documents(doc_ids: Tensor | None) -> None:
+    """Raise ValueError unless doc_ids (B, T) never decrease along T; only on the CPU: a GPU would be waited for."""
+    if doc_ids is not None and doc_ids.device.type == "cpu" and bool((doc_ids[:, 1:] < doc_ids[:, :-1]).any()):
+        raise ValueError("doc_ids must not decrease along T: number the documents of a sequence in their order")
