@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Stage:
 
     milliseconds: float = 0.0
     calls: int = 0
-    flops: float = field(default=0.0)
+    flops: float = 0.0
 
     def add(self, milliseconds: float, flops: float = 0.0) -> None:
         """Count one launch."""
