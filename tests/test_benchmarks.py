@@ -224,6 +224,11 @@ def test_a_row_that_runs_out_of_memory_is_tried_with_half_the_sequences(monkeypa
     assert tried == [4, 2, 16, 8]
 
 
+def test_a_context_that_a_model_cannot_read_is_said_in_its_row() -> None:
+    row = step.measure_or_say_why(ENTRANTS["flash-plain"], TINY, 100, steps=1, compiled="none", device=CPU)
+    assert row["status"] == "ValueError: FLASH in plain torch reads whole chunks of 64 tokens, not 100 tokens"
+
+
 def test_a_row_whose_parameters_do_not_learn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled loss without gradients would be fast: such a row must not count."""
     real = models.build
