@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,6 +163,15 @@ def test_the_command_line_writes_prompt_and_text(run: Path, model: FlashLM, toke
     expected = generate_text(model, tokenizer, "the sea", max_tokens=12, temperature=0.8, seed=3)
     assert done.stdout.decode() == "the sea" + expected + "\n"
     assert expected
+
+
+def test_text_that_nobody_reads_any_further_ends_without_a_word(run: Path) -> None:
+    command = [sys.executable, "-m", "flash_model.generate", str(run), "--prompt", "the sea", "--max-tokens", "3"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_generation_starts_a_document_and_stops_at_its_end(
