@@ -69,7 +69,10 @@ def _linear_cross_entropy(
     grad_weight_VD = hidden_ND.new_zeros((V, D) if differentiate else 0, dtype=dtype)
     block = logits_rows(N, V, hidden_ND.device.type)
     # Rows lie a multiple of 128 bytes apart, as fast products want them.
-    buffer = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)[:, :V]
+    padded = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)
+    buffer = padded[:, :V]
+    if not hidden_ND.is_cuda:
+        padded[:, V:] = 0  # bfloat16 products on CPUs with AMX read on into it, and 0 times NaN would be NaN
     for first in range(0, N, block):
         block_ND = hidden_ND[first : first + block]
         logits_NV = buffer[: len(block_ND)]
