@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.machine import TimeLimit, describe_machine, median_milliseconds
-from benchmarks.report import DispatchLog, write_results
+from benchmarks.report import DispatchLog, results_file, write_results
 from benchmarks.step import clean_up
 from benchmarks.table import op_report
 from flash_model.flops import mixed_chunk_flops, quadratic_flops
@@ -331,8 +330,12 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="110m" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--only", metavar="TEXT", help="only sections whose title holds TEXT")
     parser.add_argument("--seconds", type=float, help="leave out cases that would take longer than this in all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results, after each case")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="write all results, after each case")
     arguments = parser.parse_args()
+    chosen = [case for case in cases(SIZES[arguments.size]) if (arguments.only or "") in case.section]
+    if not chosen:
+        titles = dict.fromkeys(case.section for case in cases(SIZES[arguments.size]))
+        parser.error(f"--only: no section's title holds {arguments.only}; they are: {'; '.join(titles)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit = TimeLimit(arguments.seconds)
     rows: list[dict[str, Any]] = []
@@ -345,9 +348,7 @@ def main() -> int:
         "rows": rows,
         "left_out": left_out,
     }
-    for case in cases(SIZES[arguments.size]):
-        if arguments.only and arguments.only not in case.section:
-            continue
+    for case in chosen:
         if not limit.allows_another():
             left_out.append(f"{case.name}, {case.B} × {case.T:,}")
             continue

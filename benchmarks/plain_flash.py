@@ -26,13 +26,14 @@ class PlainGatedAttentionUnit(GatedAttentionUnit):
     ) -> Tensor:
         """Map x (B, T, d_model) to the same shape, with cosine and sine of the rotary angles, (T, S / 2) each.
 
-        T is a multiple of the chunk.
+        ValueError unless T is a multiple of the chunk.
         """
         config = self.config
         T, C, S, E = x.shape[1], config.chunk_size, config.qk_dim, config.expanded_dim
         assert doc_ids is None
         assert rotation is not None
-        assert T % C == 0
+        if T % C:
+            raise ValueError(f"FLASH in plain torch reads whole chunks of {C} tokens, not {T} tokens")
         normed = normalize(x, *self.norm(), center=self.norm.center, eps=self.norm.eps)
         projected = F.linear(normed, self.expand.weight, self.expand.bias)
         u_BTE, v_BTE, z_BTS = F.silu(projected).split([E, E, S], -1)

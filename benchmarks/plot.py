@@ -1,12 +1,13 @@
 """Speed over context length, drawn from results: `python -m benchmarks.plot step.json … --out FILE`."""
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import figure_file, read_results
 from benchmarks.table import best_of
+from pipeline.errors import UserError, run_command
 
 INK, FAINT, GRID = "#22303c", "#8a96a1", "#e3e8ec"
 LINES = {
@@ -72,11 +73,16 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="step.json")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png, .svg or .pdf")
+    parser.add_argument("--out", type=figure_file, required=True, metavar="FILE", help=".png, .svg or .pdf")
     arguments = parser.parse_args()
-    draw([json.loads(file.read_text()) for file in arguments.files]).savefig(arguments.out, dpi=140)
+    documents = []
+    for file in arguments.files:
+        documents.append(read_results(file, ["step"]))
+        if all(row["status"] != "ok" for row in documents[-1]["rows"]):
+            raise UserError(f"{file} has no row that was measured: there is nothing to draw")
+    draw(documents).savefig(arguments.out, dpi=140)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

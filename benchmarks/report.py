@@ -1,11 +1,50 @@
 """Results on disk and on the screen: one JSON document, and Markdown tables drawn from it."""
 
+import argparse
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import UserError
+
+FIGURES = (".png", ".svg", ".pdf")
+
+
+def results_file(text: str) -> Path:
+    """An argument that names a file to be written, for argparse: what is wrong with it shows before the measurements.
+
+    Its directory is made.
+    """
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{path.parent} cannot be made a directory: {error.strerror}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in a directory of yours")
+    return path
+
+
+def figure_file(text: str) -> Path:
+    """`results_file` of a figure."""
+    if Path(text).suffix not in FIGURES:
+        raise argparse.ArgumentTypeError(f"{text} is no {', '.join(FIGURES[:-1])} or {FIGURES[-1]}")
+    return results_file(text)
+
+
+def read_results(path: Path, benchmarks: Collection[str]) -> dict[str, Any]:
+    """Read what `write_results` wrote; `UserError` when that is not possible or not of one of the benchmarks."""
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    benchmark = document.get("benchmark") if isinstance(document, dict) else None
+    if benchmark not in benchmarks:
+        raise UserError(f"{path} holds results of {benchmark}, not of {' or '.join(benchmarks)}")
+    return dict(document)
 
 
 def write_results(path: Path, document: Mapping[str, Any]) -> None:

@@ -10,7 +10,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks import models
 from benchmarks.machine import TimeLimit, describe_machine, synchronize
 from benchmarks.models import ENTRANTS, SIZES, Entrant, Size
-from benchmarks.report import DispatchLog, write_results
+from benchmarks.report import DispatchLog, results_file, write_results
 from benchmarks.table import step_report
 from flash_model.baselines import TransformerLM
 from flash_model.lm import FlashLM, decayed_parameters
@@ -172,11 +171,17 @@ def parse_arguments() -> argparse.Namespace:
         help="the whole model as one graph; one graph for all layers, compiled once (default); nothing",
     )
     parser.add_argument("--seconds", type=float, help="leave out rows that would take longer than this in all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results, after each row")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="write all results, after each row")
     parser.add_argument("--profile", action="store_true", help="a step by stages, of the first model and context")
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error("--steps: give 1 or more")
+    if min(arguments.context or [1]) < 1:
+        parser.error("--context: give 1 or more")
+    if arguments.profile:
+        name, _ = next(chosen_rows(SIZES[arguments.size], arguments.context, arguments.model))
+        if not ENTRANTS[name].group.startswith("FLASH"):
+            parser.error(f"--profile: {name} has no stages here; take a FLASH model")
     return arguments
 
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Stage:
 
     milliseconds: float = 0.0
     calls: int = 0
-    flops: float = field(default=0.0)
+    flops: float = 0.0
 
     def add(self, milliseconds: float, flops: float = 0.0) -> None:
         """Count one launch."""
@@ -140,8 +140,7 @@ def profile_step(
     batch = size.batch(context)
     model = models.build(entrant, size, context, device, torch.bfloat16)
     config = models.model_config(model)
-    if not isinstance(config, ModelConfig):
-        raise ValueError(f"--profile: {entrant.title} has no stages here; take a FLASH model")
+    assert isinstance(config, ModelConfig), f"{entrant.title} has no stages here"
     parameters, _ = models.model_size(model, context)
     with entrant.chosen_attention():
         step = TrainingStep(model, batch, context, device, compiled)

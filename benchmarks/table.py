@@ -1,14 +1,14 @@
 """Results as Markdown: `python -m benchmarks.table FILE.json …`."""
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.loop_table import loop_report
-from benchmarks.report import machine_lines, markdown_table, number
+from benchmarks.report import machine_lines, markdown_table, number, read_results
 from benchmarks.soak import soak_report
+from pipeline.errors import run_command
 
 
 def best_of(rows: Sequence[Mapping[str, Any]], group: str, context: int) -> Mapping[str, Any] | None:
@@ -209,9 +209,32 @@ def memory_report(document: Mapping[str, Any]) -> str:
     return "\n\n".join([title, "\n".join(machine_lines(document["machine"])), markdown_table(header, cells)])
 
 
+def convergence_report(document: Mapping[str, Any]) -> str:
+    """Return the table of a `benchmarks.convergence` document."""
+    cells = [
+        [
+            row["dtype"],
+            number(row["loss_reference"], ".4f"),
+            number(row["loss_kernels"], ".4f"),
+            number(row["difference"], "+.5f"),
+            number(row["noise"], ".5f"),
+            number(100 * row["share_within_two_noises"], ".0f"),
+        ]
+        for row in document["summary"]
+    ]
+    steps, seeds = len(document["runs"][0]["losses"]), len({run["seed"] for run in document["runs"]})
+    title = (
+        f"Loss of the last quarter of {steps} steps, nats per token, mean of {seeds} seeds; noise: the standard "
+        "deviation that other initial weights make"
+    )
+    header = ["dtype", "reference", "kernels", "difference", "noise", "% of steps within two"]
+    return "\n\n".join([title, "\n".join(machine_lines(document["machine"])), markdown_table(header, cells)])
+
+
 REPORTS = {
     "step": step_report,
     "op": op_report,
+    "convergence": convergence_report,
     "loop": loop_report,
     "memory": memory_report,
     "tracking": tracking_report,
@@ -224,10 +247,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     for file in parser.parse_args().files:
-        document = json.loads(file.read_text())
+        document = read_results(file, REPORTS)
         print(REPORTS[document["benchmark"]](document), end="\n\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_command(main)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flash_model.gau import GatedAttentionUnit
-from flash_model.lm import FlashLM
+from flash_model.lm import FlashLM, check_tokens
 from flash_model.ops import mixed_chunk_attention
 from flash_model.ops.heads import accumulation_dtype, rotated_heads
 from flash_model.positions import cos_sin
@@ -55,6 +55,11 @@ class DecodeState:
     layers: list[ChunkMemory | GrowingMemory] = field(default_factory=list)
     position: int = 0
 
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return len(self.layers[0].values)
+
     def nbytes(self) -> int:
         """Bytes held by the tensors."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
@@ -69,8 +74,7 @@ def prefill(model: FlashLM, tokens: Tensor) -> tuple[Tensor, DecodeState]:
     config = model.config
     if not config.causal:
         raise ValueError("causal: this model is bidirectional (causal: false): it cannot generate")
-    if tokens.ndim != 2 or tokens.shape[1] == 0:
-        raise ValueError(f"tokens must have shape (B, T) with at least one token: they have {tuple(tokens.shape)}")
+    check_tokens(tokens)
     _check_length(model, tokens.shape[1])
     x = _embed(model, tokens, 0)
     state = DecodeState(position=tokens.shape[1])
@@ -84,7 +88,12 @@ def prefill(model: FlashLM, tokens: Tensor) -> tuple[Tensor, DecodeState]:
 
 @torch.no_grad()
 def step(model: FlashLM, token: Tensor, state: DecodeState) -> Tensor:
-    """Read one token (B,) of each sequence, advance `state` in place, and return the logits after it, (B, V)."""
+    """Read one token (B,) of each sequence, advance `state` in place, and return the logits after it, (B, V).
+
+    ValueError, with `state` as it was, for another shape of token, and where flash_quad cannot read further.
+    """
+    if token.shape != (state.batch,):
+        raise ValueError(f"token must have shape (B,) = ({state.batch},), as the state: it has {tuple(token.shape)}")
     _check_length(model, state.position + 1)
     x = _embed(model, token[:, None], state.position)
     for layer, memory in zip(model.layers, state.layers, strict=True):

@@ -24,8 +24,8 @@ def save_model(
 ) -> None:
     """Write the model into `directory`, which is made if need be; each file is written aside, fsynced and renamed.
 
-    named_tensors: the model's parameters under their names, in the dtype that is to be stored. ValueError, before
-    anything is written, when they are not those of `config`.
+    named_tensors: the model's parameters under their names, in the floating dtype that is to be stored. ValueError,
+    before anything is written, when they are not those of `config`.
     """
     files = model_files(config, {name: tensor.detach() for name, tensor in named_tensors}, tokenizer_path)
     directory = Path(directory)
@@ -45,16 +45,17 @@ def model_files(
 ) -> dict[str, Iterable[bytes | memoryview]]:
     """Return the files of a model directory: their names, and what is to be written into each, part by part.
 
-    Tensors are copied to the CPU one at a time, when they are asked for. ValueError when they are not the parameters of
-    `config`.
+    The config, by which a directory is known as a model's, comes last. Tensors are copied to the CPU one at a time,
+    when they are asked for. ValueError when they are not the parameters of `config`.
     """
     problems = _compare(config, tensors)
+    problems += [f"{name} is {x.dtype}, no floating dtype" for name, x in tensors.items() if x.dtype not in _DTYPES]
     if problems:
         raise ValueError(f"cannot save the model: {'; '.join(problems)}")
     return {
-        CONFIG: [config.model_dump_json(indent=2).encode() + b"\n"],
         WEIGHTS: _safetensors(tensors),
         TOKENIZER: [Path(tokenizer_path).read_bytes()],
+        CONFIG: [config.model_dump_json(indent=2).encode() + b"\n"],
     }
 
 

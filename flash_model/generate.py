@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -174,7 +176,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, or 2 after one line about what the user can mend."""
+    """Run the command line; 0, 2 after one line about what the user can mend, 141 when nobody reads any further."""
     parser = argparse.ArgumentParser(prog="python -m flash_model.generate", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run, a checkpoint or a model directory")
     parser.add_argument("--prompt", required=True, help="text to go on from; may be empty")
@@ -201,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is not written yet would fail again
+        return 128 + signal.SIGPIPE
     return 0
 
 

@@ -50,6 +50,12 @@ class ScaledSin(nn.Module):
         return x + (table * self.scale).to(x.dtype)
 
 
+def check_tokens(tokens: Tensor) -> None:
+    """Raise ValueError unless tokens are (B, T), and there are some."""
+    if tokens.ndim != 2 or 0 in tokens.shape:
+        raise ValueError(f"tokens must have shape (B, T) with at least one token: they have {tuple(tokens.shape)}")
+
+
 class FlashLM(nn.Module):
     """FLASH or FLASH-Quad as a language model, causal or masked. `config` holds what it is.
 
@@ -83,14 +89,19 @@ class FlashLM(nn.Module):
         Returns:
             Without targets logits (B, T, V) in the parameters' dtype; with targets the sum of nats over those that
             count, a float32 scalar (float64 for a float64 model); its logits exist for a part of the tokens at a time.
+
+        Raises:
+            ValueError: an argument's shape or dtype does not fit, or there are more tokens than flash_quad can read.
         """
+        check_tokens(tokens)
         x = self.embedding(tokens)
         if self.positions is not None:
             x = self.positions(x)
         update: tuple[Tensor, ...] = ()
         for number, layer in enumerate(self.layers):
             if number in self.recomputed:
-                # Added up first, as the layer would, there is one tensor to keep instead of two. Nothing is random.
+                # Added up first there is one tensor to keep instead of two: the plain layer's bits, where its kernel
+                # rounds once. Nothing is random.
                 x = x + sum(update[1:], update[0]) if update else x
                 x, *update = checkpoint(layer, x, doc_ids, use_reentrant=False, preserve_rng_state=False)
             else:

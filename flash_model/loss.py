@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_model.ops.checks import INTEGERS
 from flash_model.ops.heads import accumulation_dtype
 
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**28}
@@ -26,6 +27,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     Differentiable in hidden and weight, once. On a GPU a target that counts and is no row of weight makes the sum NaN.
     ValueError where shapes or dtypes do not fit.
     """
+    if hidden.ndim == 0:
+        raise ValueError("hidden must have shape (..., D): it has ()")
     if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"weight must have shape (V, D), D = {hidden.shape[-1]}: it has {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype:
@@ -35,6 +38,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
             raise ValueError(
                 f"{name} must have hidden's leading shape {tuple(hidden.shape[:-1])}: it has {tuple(tensor.shape)}"
             )
+    if targets.dtype not in INTEGERS:
+        raise ValueError(f"targets must be signed integers or uint8: they are {targets.dtype}")
     hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(torch.int64)
     counts_N = torch.ones_like(targets_N, dtype=torch.bool) if mask is None else mask.reshape(-1) != 0
     # An argument, so that torch.compile, which may trace the op before it knows of a backward, guards on it.
@@ -64,7 +69,10 @@ def _linear_cross_entropy(
     grad_weight_VD = hidden_ND.new_zeros((V, D) if differentiate else 0, dtype=dtype)
     block = logits_rows(N, V, hidden_ND.device.type)
     # Rows lie a multiple of 128 bytes apart, as fast products want them.
-    buffer = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)[:, :V]
+    padded = hidden_ND.new_empty(min(block, N), -(-V // 64) * 64)
+    buffer = padded[:, :V]
+    if not hidden_ND.is_cuda:
+        padded[:, V:] = 0  # bfloat16 products on CPUs with AMX read on into it, and 0 times NaN would be NaN
     for first in range(0, N, block):
         block_ND = hidden_ND[first : first + block]
         logits_NV = buffer[: len(block_ND)]

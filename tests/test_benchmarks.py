@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import machine, memory, models, op, plot, step, table
+from benchmarks import convergence, machine, memory, models, op, plot, step, table
 from benchmarks.models import ENTRANTS, SIZES
 from benchmarks.plain_flash import PlainFlashLM
 from benchmarks.report import markdown_table
@@ -22,6 +22,7 @@ from flash_model.config import ModelConfig
 from flash_model.init import initialize
 from flash_model.lm import FlashLM, build_model
 from launch.config import accumulation_steps
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -118,6 +119,56 @@ def test_steps_from_the_command_to_table_and_plot(
     assert "</svg>" in picture.read_text()
 
 
+WRONG: list[tuple[Any, str, list[str]]] = [
+    (step, "--context", ["--context", "0"]),
+    (step, "--profile: t++-fa2 has no stages", ["--profile", "--model", "t++-fa2"]),
+    (step, "--json", ["--json", "/dev/null/step.json"]),
+    (op, "--json", ["--json", "/"]),
+    (op, "they are: mixed_chunk_attention", ["--only", "nothing"]),
+    (convergence, "--steps", ["--steps", "0"]),
+    (plot, "curve.txt is no .png", ["step.json", "--out", "curve.txt"]),
+]
+
+
+@pytest.mark.parametrize(("command", "named", "arguments"), WRONG)
+def test_what_is_wrong_with_a_command_is_said_before_anything_is_measured(
+    command: Any,
+    named: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(machine, "describe_machine", None)
+    with pytest.raises(SystemExit) as left:
+        run(command.main, monkeypatch, *arguments)
+    assert left.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "holds results of None"),
+        ('{"benchmark": "sleep"}', "holds results of sleep"),
+        ('{"benchmark": "step", "rows": [{"status": "out of memory"}]}', "no row that was measured"),
+    ],
+)
+def test_files_that_hold_nothing_to_draw_are_named(
+    content: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, figure = tmp_path / "some.json", tmp_path / "figure.png"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=rf"some\.json .*{named}"):
+        run(plot.main, monkeypatch, str(file), "--out", str(figure))
+    assert not figure.exists()
+    if "no row" not in named:
+        with pytest.raises(UserError, match=rf"some\.json .*{named}"):
+            run(table.main, monkeypatch, str(file))
+
+
 def test_the_ops_from_the_command_to_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +222,11 @@ def test_a_row_that_runs_out_of_memory_is_tried_with_half_the_sequences(monkeypa
     wide = models.Size(64, 1, 2048, (128,))
     assert step.measure_or_say_why(ENTRANTS["flash"], wide, 128, **options)["status"] == "out of memory"
     assert tried == [4, 2, 16, 8]
+
+
+def test_a_context_that_a_model_cannot_read_is_said_in_its_row() -> None:
+    row = step.measure_or_say_why(ENTRANTS["flash-plain"], TINY, 100, steps=1, compiled="none", device=CPU)
+    assert row["status"] == "ValueError: FLASH in plain torch reads whole chunks of 64 tokens, not 100 tokens"
 
 
 def test_a_row_whose_parameters_do_not_learn_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +314,12 @@ def test_floors_of_a_step() -> None:
 def test_profile_of_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(step.main, monkeypatch, "--size", "tiny", "--compile", "none", "--context", "128", "--profile")
     assert "A step of FLASH at 128, 512 tokens" in capsys.readouterr().out
+
+
+def test_data_sheets_of_gpus_that_share_a_part_of_their_name() -> None:
+    names = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835}
+    assert {name: machine.data_sheet_tflops(name) for name in names} == names
+    assert machine.data_sheet_tflops("CPU, 2 cores") is None
 
 
 def test_markdown_tables_are_aligned() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import convergence
+from benchmarks import convergence, table
 from benchmarks.convergence import SETTINGS, MarkovText, Run, Shards, compare, summarize
 
 CPU = torch.device("cpu")
@@ -30,6 +30,7 @@ def test_the_command_writes_curves_and_a_plot(tmp_path: Path, monkeypatch: pytes
     assert runs[0].losses != runs[2].losses
     assert document["summary"][0]["difference"] == 0
     assert written["--plot"].stat().st_size > 10_000
+    assert "| fp32  |" in table.convergence_report(document)
     assert "FLASH_OP" not in os.environ
 
 

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""torch cannot compare wider unsigned ones."""
 
 
 def check_projection(
@@ -48,8 +50,8 @@ def check_projection(
     if doc_ids is not None:
         if doc_ids.shape != uvz.shape[:2]:
             raise ValueError(f"doc_ids must have shape (B, T) = {tuple(uvz.shape[:2])}: it has {tuple(doc_ids.shape)}")
-        if doc_ids.is_floating_point() or doc_ids.is_complex() or doc_ids.dtype == torch.bool:
-            raise ValueError(f"doc_ids must be integers: they are {doc_ids.dtype}")
+        if doc_ids.dtype not in INTEGERS:
+            raise ValueError(f"doc_ids must be signed integers or uint8: they are {doc_ids.dtype}")
     for name, other in (parameters | {"doc_ids": doc_ids}).items():
         if other is not None and other.device != uvz.device:
             raise ValueError(f"{name} is on {other.device}, uvz on {uvz.device}: all must be on one device")
@@ -59,3 +61,9 @@ def check_chunk_size(chunk_size: int) -> None:
     """Raise ValueError unless chunk_size is a power of two."""
     if chunk_size < 1 or chunk_size & (chunk_size - 1):
         raise ValueError(f"chunk_size must be a power of two: it is {chunk_size}")
+
+
+def check_documents(doc_ids: Tensor | None) -> None:
+    """Raise ValueError unless doc_ids (B, T) never decrease along T; only on the CPU: a GPU would be waited for."""
+    if doc_ids is not None and doc_ids.device.type == "cpu" and bool((doc_ids[:, 1:] < doc_ids[:, :-1]).any()):
+        raise ValueError("doc_ids must not decrease along T: number the documents of a sequence in their order")

@@ -55,9 +55,3 @@ def add_toeplitz_adjoint(grad_bias: Tensor, grad: Tensor, first_row: int) -> Non
     # Read back as rows one element shorter, each row shifts by one more place: diagonals become columns.
     skewed = F.pad(grad.flip(0), (0, rows)).flatten()[: rows * (rows + columns - 1)].view(rows, rows + columns - 1)
     grad_bias[low : low + rows + columns - 1] += skewed.sum(0)
-
-
-def check_documents(doc_ids: Tensor | None) -> None:
-    """Raise ValueError unless doc_ids (B, T) never decrease along T; only on the CPU: a GPU would be waited for."""
-    if doc_ids is not None and doc_ids.device.type == "cpu" and bool((doc_ids[:, 1:] < doc_ids[:, :-1]).any()):
-        raise ValueError("doc_ids must not decrease along T: number the documents of a sequence in their order")

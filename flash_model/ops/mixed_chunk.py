@@ -13,7 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flash_model.flops import mixed_chunk_flops
 from flash_model.ops import dispatch, reference
-from flash_model.ops.checks import check_chunk_size, check_projection
+from flash_model.ops.checks import INTEGERS, check_chunk_size, check_projection
 from flash_model.ops.heads import accumulation_dtype
 from flash_model.ops.state import AttentionState
 
@@ -82,7 +82,8 @@ def mixed_chunk_attention(
         doc_ids: (B, T) integers that do not decrease along T (only looked at on the CPU): nothing is read across
             documents. None: one document, numbered 0.
         start: position of the first token, a multiple of C.
-        state: of the piece of the sequence before this one (causal only); tokens of another document ignore it.
+        state: of the piece of the sequence before this one (causal only); tokens of another document ignore it. Its
+            count is at most start / C (only looked at on the CPU).
         projection_bias: (2E + S,), the bias that uvz already contains, detached there. Its gradient, the sum of uvz's
             over all tokens, comes with uvz's and saves a pass over it.
         return_state: also return the state after the last token; T must then be a multiple of C.
@@ -173,6 +174,8 @@ def _check_state(
     for name, tensor in (("count", state.count), ("doc_id", state.doc_id)):
         if tensor.shape != (B,):
             raise ValueError(f"state.{name} must have shape (B,) = ({B},): it has {tuple(tensor.shape)}")
+        if tensor.dtype not in INTEGERS:
+            raise ValueError(f"state.{name} must be signed integers or uint8: they are {tensor.dtype}")
     for name, tensor in (("sum", state.sum), ("count", state.count), ("doc_id", state.doc_id)):
         if tensor.device != uvz.device:
             raise ValueError(f"state.{name} is on {tensor.device}, uvz on {uvz.device}")

@@ -42,7 +42,8 @@ def quadratic_attention(
         (B, T, E) in uvz's dtype. Sums are taken in float32 (float64 for a float64 uvz).
 
     Raises:
-        ValueError: an argument has an impossible shape, dtype, device or value; T is beyond the extent L of the bias.
+        ValueError: an argument has an impossible shape, dtype, device or value; T is beyond the extent L of the bias;
+            there are more than 65,535 sequences and the kernels run.
     """
     if bias.ndim != 1 or len(bias) % 2 == 0:
         raise ValueError(f"bias must have shape (2L − 1,): it has {tuple(bias.shape)}")

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_model.ops.checks import check_documents
 from flash_model.ops.documents import Reading, plan_reading
 from flash_model.ops.heads import (
     accumulation_dtype,
     add_toeplitz_adjoint,
-    check_documents,
     rotated_heads,
     rotated_heads_adjoint,
     silu_adjoint,
@@ -64,9 +64,20 @@ class _Pass(NamedTuple):
     attended_BTE: Tensor
 
 
+def _check_count(inputs: Inputs) -> None:
+    """Raise ValueError if the state saw more chunks than stand before `start`; on the CPU alone, like documents."""
+    count, before = inputs.state_count, inputs.start // inputs.chunk_size
+    if count is not None and count.device.type == "cpu" and bool(((count < 0) | (count > before)).any()):
+        raise ValueError(
+            f"state.count must be 0 to start / chunk_size = {before}, the chunks before this piece: it is "
+            f"{count.tolist()}; is start {inputs.start} the position of the piece's first token?"
+        )
+
+
 def _attend(inputs: Inputs) -> _Pass:
     uvz, C = inputs.uvz, inputs.chunk_size
     check_documents(inputs.doc_ids)
+    _check_count(inputs)
     dtype = accumulation_dtype(uvz)
     B, T, width = uvz.shape
     S = inputs.gamma.shape[1]

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_model.ops.checks import check_documents
 from flash_model.ops.heads import (
     accumulation_dtype,
     add_toeplitz_adjoint,
-    check_documents,
     rotated_heads,
     rotated_heads_adjoint,
     silu_adjoint,

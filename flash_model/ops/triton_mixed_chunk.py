@@ -81,6 +81,8 @@ class _Call:
             bias=inputs.bias.contiguous(),
             doc_ids=None if inputs.doc_ids is None else inputs.doc_ids.contiguous(),
             state_sum=None if inputs.state_sum is None else inputs.state_sum.contiguous(),
+            state_count=None if inputs.state_count is None else inputs.state_count.contiguous(),
+            state_doc_id=None if inputs.state_doc_id is None else inputs.state_doc_id.contiguous(),
         )
         return cls(inputs, B, T, -(-T // C), C, S, (width - S) // 2)
 

@@ -26,6 +26,7 @@ from flash_model.ops.triton_math import INTERPRETED
 from flash_model.positions import cos_sin
 
 STRIP = 2048
+MOST_SEQUENCES = 65_535  # a grid's second and third dimension hold no more
 _PADDING = kernels.GRAIN.value
 _SCORE_PROGRAMS = 2048  # several times what a GPU runs at once
 
@@ -159,6 +160,11 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 def _prepare(inputs: Inputs) -> _Call:
+    if len(inputs.uvz) > MOST_SEQUENCES:
+        raise ValueError(
+            f"uvz holds {len(inputs.uvz):,} sequences: the kernels take at most {MOST_SEQUENCES:,} in one call; split "
+            "the batch, or set FLASH_OP=reference"
+        )
     docs = None if inputs.doc_ids is None else inputs.doc_ids.contiguous()
     inputs = inputs._replace(
         uvz=inputs.uvz.contiguous(), gamma=inputs.gamma.contiguous(), beta=inputs.beta.contiguous(), doc_ids=docs

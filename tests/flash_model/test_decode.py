@@ -107,3 +107,15 @@ def test_what_cannot_be_generated_is_refused() -> None:
         prefill(lively_model(causal=False), some_tokens(4))
     with pytest.raises(ValueError, match="at least one token"):
         prefill(lively_model(), some_tokens(4)[:, :0])
+    with pytest.raises(ValueError, match="at least one token"):
+        prefill(lively_model(), some_tokens(4)[:0])
+
+
+def test_a_step_reads_one_token_of_each_sequence() -> None:
+    model, tokens = lively_model(), some_tokens(4)
+    _, state = prefill(model, tokens)
+    for wrong in (tokens[:1, 0], tokens[:, :1], tokens.flatten()[:3]):
+        with pytest.raises(ValueError, match=r"token must have shape \(B,\) = \(2,\)"):
+            step(model, wrong, state)
+    assert state.position == 4
+    assert torch.equal(step(model, tokens[:, 0], state), step(model, tokens[:, 0], prefill(model, tokens)[1]))

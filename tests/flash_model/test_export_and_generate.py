@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path, model: FlashLM, r
     problems = r"(?s)layers\.1\.gamma is missing.*extra is no parameter.*norm\.weight has shape \(7,\), not \(16,\)"
     with pytest.raises(ValueError, match=problems):
         save_model(tmp_path / "wrong", model.config, wrong.items(), tokenizer_file)
+    with pytest.raises(ValueError, match=r"norm\.bias is torch\.int8"):
+        save_model(tmp_path / "wrong", model.config, (tensors | {"norm.bias": torch.zeros(16).char()}).items(), "")
     assert not (tmp_path / "wrong").exists()
 
     directory = resolve_model_directory(run)
@@ -99,6 +102,14 @@ def test_tensors_that_do_not_fit_are_all_named(tmp_path: Path, model: FlashLM, r
     (directory / "config.json").write_text(json.dumps({**config, "n_layers": 3, "qk_dim": 4}))
     with pytest.raises(ValueError, match=r"(?s)layers\.2\.beta is missing.*layers\.0\.beta has shape"):
         load_model(run)
+
+
+def test_a_model_that_was_written_in_part_is_none(tmp_path: Path, model: FlashLM, tokenizer_file: Path) -> None:
+    tensors = dict(model.named_parameters()) | {"norm.bias": torch.zeros(16, device="meta")}
+    with pytest.raises(NotImplementedError):
+        save_model(tmp_path / "cut", model.config, tensors.items(), tokenizer_file)
+    with pytest.raises(ValueError, match="no model at"):
+        load_model(tmp_path / "cut")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +163,15 @@ def test_the_command_line_writes_prompt_and_text(run: Path, model: FlashLM, toke
     expected = generate_text(model, tokenizer, "the sea", max_tokens=12, temperature=0.8, seed=3)
     assert done.stdout.decode() == "the sea" + expected + "\n"
     assert expected
+
+
+def test_text_that_nobody_reads_any_further_ends_without_a_word(run: Path) -> None:
+    command = [sys.executable, "-m", "flash_model.generate", str(run), "--prompt", "the sea", "--max-tokens", "3"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_generation_starts_a_document_and_stops_at_its_end(

@@ -188,6 +188,12 @@ def test_flash_quad_refuses_what_is_longer_than_its_bias() -> None:
         model(some_tokens(1, 33))
 
 
+@pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 0), (1, 2, 3)])
+def test_tokens_that_are_none_are_named(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="tokens must have shape"):
+        build_model(config_of("flash"))(torch.zeros(shape, dtype=torch.int64))
+
+
 def test_weight_decay_is_for_matrices() -> None:
     model = build_model(config_of("flash with a rotary bias"), device="meta")
     layers = {f"layers.{i}.{name}.weight" for i in range(3) for name in ("expand", "contract")}

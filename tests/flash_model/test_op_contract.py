@@ -164,6 +164,8 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("start", {"start": -4}),
     ("doc_ids", {"doc_ids": torch.zeros(B, T + 1, dtype=torch.int64)}),
     ("doc_ids", {"doc_ids": torch.zeros(B, T)}),
+    ("doc_ids", {"doc_ids": torch.zeros(B, T, dtype=torch.bool)}),
+    ("doc_ids", {"doc_ids": torch.zeros(B, T, dtype=torch.uint16)}),
     ("doc_ids", {"doc_ids": torch.arange(T).flip(0).expand(B, T)}),
     ("doc_ids", {"doc_ids": torch.arange(T, dtype=torch.uint8).flip(0).expand(B, T)}),
     ("rope_base", {"rope_base": 0.0}),
@@ -174,7 +176,12 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("return_state", {"uvz": torch.zeros(B, T + 1, 2 * E + S), "return_state": True}),
     ("state.sum", {"state": a_state()._replace(sum=torch.zeros(B, E, S))}),
     ("state.count", {"state": a_state()._replace(count=torch.zeros(B + 1))}),
+    ("state.count", {"state": a_state()._replace(count=torch.ones(B)), "start": 2 * C}),
+    ("state.count .* = 0", {"state": a_state()}),
+    ("state.count .* = 1", {"state": a_state(), "start": C}),
+    ("state.count", {"state": a_state()._replace(count=torch.tensor([-1, 1])), "start": 2 * C}),
     ("state.doc_id", {"state": a_state()._replace(doc_id=torch.zeros(()))}),
+    ("state.doc_id", {"state": a_state()._replace(doc_id=torch.zeros(B)), "start": 2 * C}),
 ]
 
 

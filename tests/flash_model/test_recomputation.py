@@ -1,4 +1,4 @@
-"""Layers that are run again in backward: the same bits for less memory."""
+"""Layers that are run again in backward: the same bits, without a GPU's kernels, for less memory."""
 
 from collections.abc import Iterator
 from unittest import mock

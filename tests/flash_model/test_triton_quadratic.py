@@ -156,5 +156,15 @@ def test_memory_grows_with_strips_not_with_the_square_of_the_length(outcomes: di
     assert outcomes[case.name]["largest"] <= padded * max(STRIP, case.E, 2 * case.S) < case.T**2
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_more_sequences_than_a_launch_holds_are_named_before_any_kernel_runs() -> None:
+    from flash_model.ops.triton_quadratic import MOST_SEQUENCES, forward
+
+    uvz, heads = torch.zeros(1, 1, 192).expand(MOST_SEQUENCES + 1, 1, 192), torch.zeros(2, 64)
+    inputs = reference_quadratic.Inputs(uvz, heads, heads, torch.zeros(1), None, 1, True, 0, 10_000.0)
+    with pytest.raises(ValueError, match="uvz holds 65,536 sequences"):
+        forward(inputs)
+
+
 if __name__ == "__main__":
     main()

@@ -100,8 +100,10 @@ def draw(case: Case, dtype: torch.dtype, seed: int = 0) -> Problem:
     state = None
     if case.state and case.chunk is not None:
         arriving = torch.zeros(B, dtype=torch.int64, device=DEVICE) if documents is None else documents[:, 0].clone()
-        arriving[1:2] -= 1  # the second sequence begins another document
-        state = AttentionState(normal(B, S, E, like=torch.float32), torch.arange(1, B + 1, device=DEVICE), arriving)
+        arriving[B - 2 : B - 1] -= 1  # the last sequence but one begins another document
+        # Columns of one tensor: who keeps states in a table hands over such views.
+        table = torch.stack([torch.arange(1, B + 1, device=DEVICE), arriving], 1)
+        state = AttentionState(normal(B, S, E, like=torch.float32), table[:, 0], table[:, 1])
     return Problem(case, tensors, options, state, normal(B, T, E), normal(B, S, E, like=torch.float32))
 
 

@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from flash_model.add_norm_linear import add_norm_linear
 from flash_model.loss import linear_cross_entropy
 from tests.gpu.comparison import DEVICE, Case, draw, kernels, measure
 
@@ -18,6 +19,7 @@ CASES = [
     Case(128, 192, 300, 2, 256, causal=False, documents=True),
     Case(192, 128, 513, 1, 512),
     Case(64, 64, 1, 1, 128),
+    Case(64, 2112, 130, 1, 128),
     Case(64, 64, 257, 2, None, documents=True, state=True),
     Case(128, 320, 300, 1, None, causal=False),
 ]
@@ -31,6 +33,19 @@ def run_loss(dtype: torch.dtype) -> None:
     linear_cross_entropy(hidden, weight, targets, targets % 3 != 0).backward()
 
 
+def run_norm(dtype: torch.dtype) -> None:
+    """Both norms with and without an update, forward and backward, in a width that no block is."""
+    shapes = ((3, 201, 96), (3, 201, 96), (96,), (96,), (96,), (40, 96), (40,))
+    x, update, update_bias, *others = (
+        torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes
+    )
+    gain, shift, weight, bias = others
+    for center in (True, False):
+        for added, its_bias in ((update, update_bias), (None, None)):
+            total, projected = add_norm_linear(x, added, its_bias, gain, shift, weight, bias, eps=1e-5, center=center)
+            (total.sum() + projected.sum()).backward()
+
+
 def main() -> None:
     """Forward and backward of every case in both dtypes, or those named; the last line is "done"."""
     for name in sys.argv[1:] or ("bfloat16", "float32"):
@@ -42,6 +57,9 @@ def main() -> None:
         run_loss(dtype)
         torch.cuda.synchronize()
         print(dtype, "loss", flush=True)
+        run_norm(dtype)
+        torch.cuda.synchronize()
+        print(dtype, "norms", flush=True)
     print("done")
 
 
