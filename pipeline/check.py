@@ -24,7 +24,7 @@ def describe_sources(content: Content) -> Iterator[str]:
     """
     files = list_files(content)
     for number, source in enumerate(content.sources):
-        mine = [(file, _size(file)) for file in files if file.source == number]
+        mine = [(file, _size(content, file)) for file in files if file.source == number]
         yield f"{source.name} ({source.type}): {len(mine)} files, {sum(size for _, size in mine) / 1e6:,.1f} MB"
         for file, size in mine[:5]:
             yield f"  {file.name}  {size:,} bytes"
@@ -63,7 +63,7 @@ def _first_rows(content: Content, number: int, files: list[tuple[SourceFile, int
 def _fields(file: SourceFile) -> Iterator[str]:
     """Of the first line that is not blank, if it is text."""
     with open_file(file.url) as stream, suppress(UnicodeDecodeError):
-        row = json.loads(next(line for line in stream if line.strip()).decode())
+        row = json.loads(next(line for line in stream if line.strip()).decode("utf-8-sig"))
         yield "  fields: " + ", ".join(f"{name}: {type(value).__name__}" for name, value in row.items())
 
 
@@ -75,9 +75,15 @@ def _columns(file: SourceFile) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _size(file: SourceFile) -> int:
+def _size(content: Content, file: SourceFile) -> int:
+    """In bytes; 0 where it is not known, or the file is one that preparing leaves out."""
     filesystem, path = open_filesystem(file.url, f"content.sources.{file.source}")
-    size: Any = filesystem.size(path)
+    try:
+        size: Any = filesystem.size(path)
+    except read_errors() as error:
+        if content.clean.on_unreadable_file == "error":
+            raise UserError(f"{file.url}: cannot be read: {error}") from None
+        size = 0
     return int(size or 0)
 
 

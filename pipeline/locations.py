@@ -1,6 +1,10 @@
 """Where files lie: paths, globs, fsspec URLs and installed packages; files, pieces of files, and documents."""
 
+import glob
 import io
+import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -10,6 +14,8 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 from pipeline.errors import UserError
 from pipeline.remote import RemoteFile, is_remote, retry
 
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd"}
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", *(f".tar{ending}" for ending in _COMPRESSIONS))
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -60,6 +66,8 @@ def locate(path: str) -> str:
     """An absolute path or a URL, from what a user may write."""
     if path.startswith("package:"):
         package, _, below = path.removeprefix("package:").partition("/")
+        if not package:
+            raise UserError(f"{path}: not of the form package:NAME/DIR")
         try:
             return str(resources.files(package).joinpath(below))
         except ModuleNotFoundError:
@@ -85,21 +93,22 @@ def open_filesystem(location: str, key: str) -> tuple[Any, str]:
 def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: str) -> list[SourceFile]:
     """The files that `paths` name, each called by its path below the directory, the glob's fixed part or its parent."""
     key = f"content.sources.{source}"
+    if not paths:
+        raise UserError(f"{key}.path: empty; name a file, a directory, a glob or a URL")
     found: dict[str, SourceFile] = {}
+    names: dict[str, str] = {}
     for path in [paths] if isinstance(paths, str) else paths:
         location = locate(path)
         filesystem, root = open_filesystem(location, key)
         try:
             kind = _kind(filesystem, root, location)
             if kind == "directory":
-                within = retry(filesystem, partial(filesystem.find, root))
-                files = [file for file in within if PurePosixPath(file).match(pattern)]
-            elif kind is None and any(character in root for character in "*?["):
-                within = retry(filesystem, partial(filesystem.glob, root, detail=True))
-                files = [file for file, info in within.items() if info["type"] == "file"]
+                files = [file for file in _files_below(filesystem, root) if PurePosixPath(file).match(pattern)]
+            elif kind is None and _has_magic(root):
+                files = _matching_files(filesystem, root)
             else:
                 files = [root] if kind else []
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{key}.path: {path}: {error}") from None
         if kind == "directory":
             if not files:
@@ -107,24 +116,97 @@ def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: st
         elif kind == "file":
             root = _without_query(root).rpartition("/")[0]
         elif files:
-            fixed = root.split("/")
-            magic = next(i for i, part in enumerate(fixed) if any(character in part for character in "*?["))
-            root = "/".join(fixed[:magic])
+            root = _fixed_part(root)
         else:
-            missing = "no file matches {}" if any(c in root for c in "*?[") else "{}: no such file or directory"
+            missing = "no file matches {}" if _has_magic(root) else "{}: no such file or directory"
             raise UserError(f"{key}.path: {missing.format(path)}")
         for file in files:
             relative = _without_query(file).removeprefix(root).lstrip("/")
             if not is_valid_text(relative):
                 raise UserError(f"{key}.path: the name of {file!a} is not UTF-8; rename the file")
+            if relative.lower().endswith(_ARCHIVES):
+                raise UserError(
+                    f"{key}.path: {file} is an archive of files: unpack it (each file may be packed by itself, as .gz, "
+                    ".bz2, .xz or .zst), or leave it out by the path or the pattern"
+                )
             url = filesystem.unstrip_protocol(file)
             if relative in found and found[relative].url != url:
                 raise UserError(
                     f"{key}.path: {found[relative].url} and {url} are both called {relative!r} in source {name!r}: "
                     "name a directory above both, or make them two sources"
                 )
+            if names.setdefault(url, relative) != relative:
+                raise UserError(
+                    f"{key}.path: {url} is named twice, as {names[url]!r} and as {relative!r}: let each path hold "
+                    "files of its own, or the document would be read twice"
+                )
             found[relative] = SourceFile(source, relative, url)
     return [found[relative] for relative in sorted(found)]
+
+
+def _has_magic(path: str) -> bool:
+    return any(character in path for character in "*?[")
+
+
+def _fixed_part(pattern: str) -> str:
+    parts = pattern.split("/")
+    return "/".join(parts[: next(i for i, part in enumerate(parts) if _has_magic(part))])
+
+
+def _files_below(filesystem: Any, root: str) -> Iterator[str]:
+    """All files of a directory and of those in it. A directory that cannot be listed is an error: its files would be
+    missing without a word, as they are from fsspec's `find`.
+    """
+    if _is_local(filesystem):
+        yield from _local_files_below(root)
+    elif _is_web(root):
+        yield from _web_files_below(filesystem, root)
+    else:
+        yield from retry(filesystem, partial(filesystem.find, root))
+
+
+def _local_files_below(root: str) -> Iterator[str]:
+    """Links to directories are followed; what a link and a directory both lead to is read once, where it lies."""
+    walked, links = set(), [root]
+    while links:
+        for folder, folders, files in os.walk(links.pop(0), onerror=_raise):
+            if (place := os.path.realpath(folder)) in walked:
+                folders.clear()
+                continue
+            walked.add(place)
+            folders.sort()
+            links += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
+            yield from (os.path.join(folder, name) for name in files)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _web_files_below(filesystem: Any, folder: str) -> Iterator[str]:
+    for entry in retry(filesystem, partial(filesystem.ls, folder, detail=True)):
+        if entry["type"] != "directory":
+            yield entry["name"]
+        elif entry["name"].rstrip("/") != folder.rstrip("/"):
+            yield from _web_files_below(filesystem, entry["name"])
+
+
+def _matching_files(filesystem: Any, pattern: str) -> list[str]:
+    if not _is_local(filesystem):
+        found = retry(filesystem, partial(filesystem.glob, pattern, detail=True))
+        return [file for file, info in found.items() if info["type"] == "file"]
+    # fsspec's own glob takes no links.
+    if "**" in pattern:
+        from fsspec.utils import glob_translate
+
+        matches = re.compile(glob_translate(pattern)).match
+        return [file for file in _local_files_below(_fixed_part(pattern) or "/") if matches(file)]
+    files: dict[str, str] = {}
+    for file in sorted(glob.glob(pattern, include_hidden=True), key=lambda file: (len(file), file)):
+        folder, _, name = file.rpartition("/")
+        if not os.path.isdir(file):
+            files.setdefault(os.path.join(os.path.realpath(folder), name), file)
+    return list(files.values())
 
 
 def _kind(filesystem: Any, path: str, location: str) -> str | None:
@@ -144,6 +226,12 @@ def is_valid_text(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _is_local(filesystem: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(filesystem, LocalFileSystem)
 
 
 def _is_web(location: str) -> bool:
@@ -181,10 +269,7 @@ def is_compressed(url: str) -> bool:
 
 
 def _compression(url: str) -> str | None:
-    from fsspec.utils import infer_compression
-
-    method: str | None = infer_compression(_without_query(url))
-    return method
+    return _COMPRESSIONS.get(PurePosixPath(_without_query(url)).suffix.lower())
 
 
 def file_state(url: str) -> tuple[Any, ...]:

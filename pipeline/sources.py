@@ -4,6 +4,7 @@ A reader knows one type of source. Its files are hashed and measured once (`surv
 bounded size; a piece is read by itself, on any machine that sees the file.
 """
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -113,7 +114,7 @@ def changed(url: str, state: tuple[Any, ...]) -> bool:
 
 
 def _unreadable(url: str, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return UserError(
         f"{url}: cannot be read: {reason}. Mend or remove the file, or leave such files out "
         "with content.clean.on_unreadable_file=skip."
@@ -256,6 +257,8 @@ class _JsonlReader:
 
     def read(self, piece: Piece) -> Iterator[Document | UserError]:
         for offset, line in _compressed_lines(piece) if is_compressed(piece.url) else _lines(piece):
+            if not offset:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield self._document(f"{piece.name}@{offset}", f"{piece.url}: line at byte {offset}", line)
 
@@ -289,7 +292,9 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     with open_file(piece.url) as stream:
         if piece.start:
             stream.seek(piece.start - 1)
-            stream.readline()
+            # No further than the piece: of a line that is as long as many pieces, each would read all the rest.
+            if not stream.readline(piece.stop - piece.start + 1).endswith(b"\n"):
+                return
         while (offset := stream.tell()) < piece.stop and (line := stream.readline()):
             yield offset, line
 

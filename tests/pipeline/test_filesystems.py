@@ -30,9 +30,12 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a directory; `ranges`: also parts of files; `failures`: how many requests it fails before it obeys."""
+    """Serves a directory; `ranges`: also parts of files; `failures`: how many requests it fails before it obeys;
+    `missing`: what it does not find though it lists it.
+    """
 
     ranges = True
+    missing = ""
     failures = 0
     cut = 0
 
@@ -61,6 +64,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def _fails(self) -> bool:
+        if self.path == self.missing:
+            self.send_error(404)
+            return True
         if type(self).failures <= 0:
             return False
         type(self).failures -= 1
@@ -137,6 +143,15 @@ def test_a_directory_and_an_address_with_a_query(folder: Path) -> None:
         signed = content_of(type="jsonl", path=f"{address}/deep/b.jsonl.gz?signature=x%3D")
         assert [file.name for file in list_files(signed)] == ["b.jsonl.gz"]
         assert texts(signed) == [row["text"] for row in ROWS]
+
+
+def test_a_directory_that_a_server_lists_but_does_not_have(folder: Path) -> None:
+    """Its files would be missing without a word."""
+    with (
+        served(folder, missing="/deep/") as (address, _),
+        pytest.raises(UserError, match=r"content\.sources\.0\.path: .*/deep/"),
+    ):
+        list_files(content_of(type="jsonl", path=f"{address}/"))
 
 
 def test_a_server_without_ranges(folder: Path) -> None:
