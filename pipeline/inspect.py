@@ -132,7 +132,7 @@ def _count(text: str) -> int:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.inspect", description="See what a dataset holds.")
-    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset: where manifest.json lies")
     parser.add_argument("--split", metavar="S", help="look at this split only; default: all of them")
     parser.add_argument("--samples", metavar="N", type=_count, default=3, help="documents to show; default: 3")
     parser.add_argument(

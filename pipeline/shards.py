@@ -199,10 +199,10 @@ class Shard:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset directory.
+    """The manifest of a dataset directory; it has all that `TokenDataset` and `dataset_digest` need.
 
     Raises:
-        UserError: there is none, or it is of another format or a newer version.
+        UserError: there is none, it is damaged, or of another format or a newer version.
     """
     file = Path(path) / MANIFEST
     try:
@@ -218,6 +218,14 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{file}: not a manifest of {FORMAT}")
     if (version := manifest.get("version")) != VERSION:
         raise UserError(f"{file}: version {version}; this release reads version {VERSION}: upgrade it")
+    try:
+        missing = sorted({"content", "sources", "digest"} - manifest.keys())
+        for split in manifest["splits"]:
+            TokenDataset(Path(path), split, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = [f"{type(error).__name__} {error}"]
+    if missing:
+        raise UserError(f"{file}: damaged: {', '.join(missing)}; take it from a copy, or prepare the dataset again")
     return manifest
 
 
@@ -280,12 +288,9 @@ class TokenDataset:
         """
         path = Path(path).absolute()
         manifest = read_manifest(path)
-        try:
-            if split not in manifest["splits"]:
-                raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
-            dataset = cls(path, split, manifest)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST}: damaged: {type(error).__name__} {error}") from None
+        if split not in manifest["splits"]:
+            raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
+        dataset = cls(path, split, manifest)
         for problem in dataset._file_problems():
             raise UserError(f"{problem}; `python -m pipeline.verify {path}` checks the whole dataset")
         _allow_open_files(2 * len(dataset._parts))

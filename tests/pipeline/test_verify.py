@@ -89,15 +89,39 @@ def test_a_changed_manifest_no_longer_fits_its_digest(dataset: Path, change: dic
     assert "manifest.json: its digest is" in next(iter(verify(dataset)))
 
 
+def test_counts_of_sources_and_of_what_was_dropped(dataset: Path) -> None:
+    def change(manifest: Any) -> None:
+        manifest["splits"]["valid"]["by_source"]["text"]["tokens"] += 1
+        manifest["splits"]["train"]["dropped"] = {"empty": 2}
+
+    edit(dataset, change)
+    problems = list(verify(dataset))
+    assert [problem.split(":")[1].strip() for problem in problems[:2]] == ["train", "valid"]
+    assert problems[0].endswith("counts {'empty': 2} dropped, its sources {}")
+    assert problems[2:] == ["manifest.json: counts {} dropped, its splits {'empty': 2}"]
+
+
+@pytest.mark.parametrize("key", ["digest", "content", "splits", "tokenizer", "bytes"])
+def test_a_manifest_that_lost_a_key(dataset: Path, key: str) -> None:
+    def change(manifest: Any) -> None:
+        del (manifest["splits"]["valid"]["shards"][0] if key == "bytes" else manifest)[key]
+
+    edit(dataset, change)
+    with pytest.raises(UserError, match=rf"manifest\.json: damaged: .*{key}"):
+        list(verify(dataset))
+
+
 @pytest.mark.parametrize("name", ["documents", "tokens", "utf8_bytes"])
 def test_wrong_counts(dataset: Path, name: str) -> None:
     def change(manifest: Any) -> None:
         manifest["splits"]["valid"][name] += 1
 
     edit(dataset, change)
-    (problem,) = verify(dataset)
-    assert problem.startswith("valid: the manifest counts ")
-    assert name in problem
+    of_sources, of_shards = verify(dataset)
+    assert of_sources.startswith("manifest.json: valid: counts ")
+    assert of_shards.startswith("valid: the manifest counts ")
+    assert name in of_sources
+    assert name in of_shards
 
 
 @pytest.mark.parametrize(
