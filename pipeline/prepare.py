@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import encode
-from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
+from pipeline.atomic import hash_file, is_aside, read_json, sync_directory, write_aside, write_json
 from pipeline.card import write_card
 from pipeline.check import describe_sources
 from pipeline.clean import function_file
@@ -32,7 +32,7 @@ from pipeline.locations import SourceFile, open_file, read_errors
 from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
-from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, bin_path, idx_path, read_manifest
+from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, TokenDataset, bin_path, idx_path, read_manifest
 from pipeline.sources import Survey, cut_units, group_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
@@ -87,7 +87,7 @@ class _Preparation:
                 tokenizer = self._tokenizer(units, flags)
             with self._stage("encode"):
                 ledger = self._encode(units, flags, tokenizer)
-                self._refuse_changed_files(surveys, workers)
+                self._refuse_changed_inputs(surveys, workers)
             with self._stage("write"):
                 shards = self._write(len(units), ledger, tokenizer)
         return self._commit(surveys, tokenizer, ledger, shards)
@@ -104,6 +104,11 @@ class _Preparation:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             surveys = [found for batch in pool.map(self._survey, batches) for found in batch]
         self._refuse_changes(manifest, self._inputs(surveys))
+        try:
+            for split in manifest["splits"]:
+                TokenDataset.open(self.output, split)
+        except UserError as error:
+            raise UserError(f"{error}. To make the dataset again, delete {self.output} first.") from None
         shutil.rmtree(self.workspace, ignore_errors=True)
         self.say(f"nothing to do: {self.output} holds this dataset, digest {manifest['digest']}")
         return manifest
@@ -247,8 +252,9 @@ class _Preparation:
             progress.add(1, documents=done.documents, tokens=done.tokens, n_bytes=n_bytes)
         return total
 
-    def _refuse_changed_files(self, surveys: Sequence[Survey], workers: int) -> None:
+    def _refuse_changed_inputs(self, surveys: Sequence[Survey], workers: int) -> None:
         """Of a file that was written to while it was read, nobody knows which content the units hold."""
+        self._refuse_changes(read_json(self.workspace / "inputs.json"), self._inputs(surveys))
         read = [(found.file.url, found.state) for found in surveys if found.state]
         for urls in self._run(encode.changed_files, [(batch,) for batch in _batches(read, workers)]):
             if urls:
@@ -277,15 +283,15 @@ class _Preparation:
         self.say(f"write: {len(jobs)} shards, {sum(r.bytes for s in shards.values() for r in s.values()) / 1e6:.1f} MB")
         return {split: [records[number] for number in sorted(records)] for split, records in shards.items()}
 
-    @staticmethod
-    def _explain_empty(split: str, ledger: encode.Ledger) -> str:
+    def _explain_empty(self, split: str, ledger: encode.Ledger) -> str:
         total = ledger.total()
         if not total.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
             return f"content.sources: no document with text{f' (dropped: {reasons})' if reasons else ''}"
         return (
-            f"content.splits: none of the {total.documents} documents falls into {split!r}; "
-            "raise or lower its fraction, remove the split, or change content.seed"
+            f"content.splits: none of the {total.documents} documents falls into {split!r}. Give it another fraction, "
+            "leave it out (content.splits={} leaves train alone) or change content.seed, "
+            f"with a new execution.output or after deleting {self.output}."
         )
 
     def _commit(
@@ -338,7 +344,7 @@ class _Preparation:
         """Remove what killed processes and abandoned attempts left: files half written, shards that are not ours."""
         ours = {path(folder / record.name) for record in records for path in (bin_path, idx_path)}
         for file in folder.iterdir():
-            if is_aside(file) or (file.name.startswith("shard-") and file not in ours):
+            if file.is_file() and (is_aside(file) or (file.name.startswith("shard-") and file not in ours)):
                 file.unlink()
 
     def _write_samples(self, ledger: encode.Ledger) -> None:
@@ -369,10 +375,27 @@ def _batches(files: Sequence[R], workers: int) -> list[list[R]]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.prepare", description="Turn text into token shards.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file; its keys are documented in pipeline/config.py")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="for example execution.output=runs/data")
-    parser.add_argument("--check", action="store_true", help="list files, fields and the first row of each source")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.prepare",
+        description="Turn text into token shards. A command that was interrupted goes on where it stopped when it is "
+        "run again.",
+        epilog="Exit status: 0 done, 2 something to mend (said in one message), 130 interrupted, 1 anything else.",
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file such as configs/data/own-text.yaml; its keys are documented in pipeline/config.py, "
+        "what they are for in docs/data.md",
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="replaces a key of CONFIG: content.sources.0.path=TEXTS, execution.output=DIR",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only list files, fields and the first row of each source; make nothing"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
