@@ -27,7 +27,7 @@ from pipeline.clean import function_file
 from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence, ray_cluster, run_tasks
 from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
-from pipeline.errors import UserError, run_command
+from pipeline.errors import INTERRUPTED_EXIT, UserError, run_command
 from pipeline.locations import SourceFile, open_file, read_errors
 from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
@@ -406,7 +406,7 @@ def main() -> int:
             prepare(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", flush=True)
-        return 130
+        return INTERRUPTED_EXIT
     except ClusterLostError as error:
         end_for_lost_cluster(error)
     return 0
