@@ -62,7 +62,7 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
         finally:
             ray.shutdown()
         return
-    workers = execution.workers or os.cpu_count() or 1
+    workers = execution.workers or usable_cpus()
     folder = own_folder(execution.output)
     # A killed run's remains.
     shutil.rmtree(folder, ignore_errors=True)
@@ -110,6 +110,11 @@ def check_reachable(address: str, key: str) -> None:
         raise UserError(
             f"{key}: {address}: cannot be reached: {error}. Start the cluster, or name none to use this machine alone."
         ) from None
+
+
+def usable_cpus() -> int:
+    """The CPUs that this process may run on: of a machine that a batch system shares out, its part."""
+    return len(os.sched_getaffinity(0))
 
 
 def own_folder(output: Path) -> Path:

@@ -8,13 +8,12 @@ What is finished is never done again; nothing counts before the manifest is ther
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,13 +21,13 @@ from typing import Any, TypeVar
 from pipeline import encode
 from pipeline.atomic import hash_file, is_aside, read_json, sync_directory, write_aside, write_json
 from pipeline.card import write_card
-from pipeline.check import describe_sources
+from pipeline.check import describe_sources, no_document_in, refuse_empty_splits, refuse_missing_mounts
 from pipeline.clean import function_file
-from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence, ray_cluster, run_tasks
+from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence, ray_cluster, run_tasks, usable_cpus
 from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
 from pipeline.errors import INTERRUPTED_EXIT, UserError, run_command
-from pipeline.locations import SourceFile, open_file, read_errors
+from pipeline.locations import SourceFile
 from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
@@ -52,6 +51,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         UserError: the sources, the configuration or the output directory are not what they should be.
     """
     files = list_files(config.content)
+    refuse_empty_splits(config.content, files)
     output = config.execution.output.expanduser().absolute()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,8 @@ class _Preparation:
 
     def _find_done(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         manifest = read_manifest(self.output)
-        batches = _batches(files, os.cpu_count() or 1)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        batches = _batches(files, usable_cpus())
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             surveys = [found for batch in pool.map(self._survey, batches) for found in batch]
         self._refuse_changes(manifest, self._inputs(surveys))
         try:
@@ -124,7 +124,7 @@ class _Preparation:
             surveys += batch
             progress.add(len(batch), n_bytes=sum(found.size or 0 for found in batch))
         surveys.sort(key=lambda found: (found.file.source, found.file.name))
-        _refuse_missing_mounts(surveys)
+        refuse_missing_mounts(surveys)
         self._bind_workspace(self._inputs(surveys))
         units = cut_units(surveys, self.content)
         n_bytes = sum(piece.n_bytes for unit in units for piece in unit)
@@ -288,11 +288,7 @@ class _Preparation:
         if not total.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
             return f"content.sources: no document with text{f' (dropped: {reasons})' if reasons else ''}"
-        return (
-            f"content.splits: none of the {total.documents} documents falls into {split!r}. Give it another fraction, "
-            "leave it out (content.splits={} leaves train alone) or change content.seed, "
-            f"with a new execution.output or after deleting {self.output}."
-        )
+        return f"{no_document_in(split, total.documents)}, in a new execution.output or after deleting {self.output}"
 
     def _commit(
         self,
@@ -354,17 +350,6 @@ class _Preparation:
                     for sample in samples:
                         line = {name: value for name, value in sample.items() if name != "order"}
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
-
-
-def _refuse_missing_mounts(surveys: Sequence[Survey]) -> None:
-    """Refuse to skip what this machine can open: a node without the mount would leave its share of the corpus out."""
-    for url in (found.file.url for found in surveys if found.sha256 is None):
-        with suppress(*read_errors()):
-            open_file(url, compression=None).close()
-            raise UserError(
-                f"{url}: can be read here, but not on another machine of the cluster: sources must lie where all its "
-                "machines see them. Mount them there, or leave that machine out with execution.task.resources."
-            )
 
 
 def _batches(files: Sequence[R], workers: int) -> list[list[R]]:

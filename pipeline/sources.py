@@ -191,7 +191,7 @@ def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
         for item in reader(source).read(piece):
             read += 1
             if isinstance(item, Document):
-                yield Document(f"{source.name}:{item.id}", item.data)
+                yield Document(document_id(source.name, item.id), item.data)
             elif content.clean.on_bad_row == "skip":
                 yield Skipped(f"{source.name}:{place}", "bad_row")
             else:
@@ -206,6 +206,11 @@ def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
             yield Skipped(f"{source.name}:{place}", "unreadable_rows", piece.stop - piece.start - read)
         else:
             yield Skipped(f"{source.name}:{place}", "unreadable_part")
+
+
+def document_id(source: str, name: str) -> str:
+    """The id of a document, given its source's name and its own: of a text file, the file's."""
+    return f"{source}:{name}"
 
 
 def has_rows(source: Source, url: str) -> bool:

@@ -304,15 +304,18 @@ def test_a_folder_whose_path_is_too_long_for_a_socket(monkeypatch: pytest.Monkey
 
 
 def test_a_ray_that_cannot_be_started(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(**_: Any) -> None:
-        raise ValueError("too little memory")
+    """It is given no more CPUs than a batch system gave this process."""
+
+    def refuse(num_cpus: int, **_: Any) -> None:
+        raise ValueError(f"{num_cpus} CPUs are too few")
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5, 6, 7})
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    with pytest.raises(UserError, match=r"Ray cannot be started on this machine .*: too little memory"):
-        prepare(make_config())
+    with pytest.raises(UserError, match=r"Ray cannot be started on this machine .*: 3 CPUs are too few"):
+        prepare(make_config(workers=None))
     assert not own_folder(tmp_path / "data").exists()
 
 
@@ -464,9 +467,9 @@ class TestBadInput:
         (tmp_path / "a.txt").write_text("")
         source = {"type": "text", "path": str(tmp_path / "a.txt")}
         with pytest.raises(UserError, match=r"content\.sources: no document with text .* train a tokenizer on"):
-            prepare(make_config(sources=[source], tokenizer={"train": {"vocab_size": 330}}))
+            prepare(make_config(sources=[source], splits={}, tokenizer={"train": {"vocab_size": 330}}))
         with pytest.raises(UserError, match=r"content\.sources: no document with text \(dropped: 1 empty\)"):
-            prepare(make_config("other", sources=[source]))
+            prepare(make_config("other", sources=[source], splits={}))
 
     def test_a_document_that_is_not_utf8_is_named_and_can_be_skipped(
         self, make_config: MakeConfig, corpus: Path, tmp_path: Path
@@ -486,9 +489,15 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"vocab_size: 50000 is more than .* largest possible is \d+"):
             prepare(make_config(tokenizer={"train": {"vocab_size": 50000}}))
 
-    def test_a_split_without_documents(self, make_config: MakeConfig) -> None:
-        with pytest.raises(UserError, match=r"none of the 60 documents falls into 'tiny'.* deleting .*data\."):
+    def test_a_split_without_documents(self, make_config: MakeConfig, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"content\.splits: none of the 60 documents falls into 'tiny'"):
             prepare(make_config(splits={"tiny": 1e-9}))
+        assert not (tmp_path / "data").exists(), "of files it is known before anything is made"
+        lines = tmp_path / "a.jsonl"
+        lines.write_text('{"text": "one"}\n{"text": "two"}\n')
+        sources = [{"type": "jsonl", "path": str(lines)}]
+        with pytest.raises(UserError, match=r"none of the 2 documents falls into 'tiny'.* deleting .*data$"):
+            prepare(make_config(sources=sources, splits={"tiny": 1e-9}))
 
     def test_a_missing_tokenizer(self, make_config: MakeConfig, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"content\.tokenizer\.path: .*no such file"):
