@@ -142,9 +142,12 @@ class _Preparation:
             record["content"]["clean"]["function_sha256"] = hash_file(file)
         if self.content.tokenizer.path is not None:
             path = Path(self.content.tokenizer.path).expanduser()
-            if not path.is_file():
-                raise UserError(f"content.tokenizer.path: {path}: no such file")
-            record["tokenizer"] = {"sha256": hash_file(path)}
+            try:
+                record["tokenizer"] = {"sha256": hash_file(path)}
+            except FileNotFoundError:
+                raise UserError(f"content.tokenizer.path: {path}: no such file") from None
+            except OSError as error:
+                raise UserError(f"content.tokenizer.path: {path}: cannot be read: {error.strerror}") from None
         return record
 
     def _bind_workspace(self, inputs: dict[str, Any]) -> None:

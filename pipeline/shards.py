@@ -212,6 +212,8 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{path}: not a dataset: it has no {MANIFEST} (preparing writes it last; "
             "`python -m pipeline.prepare CONFIG` makes or finishes one)"
         ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{file}: damaged: not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -291,7 +293,11 @@ class TokenDataset:
         if split not in manifest["splits"]:
             raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
         dataset = cls(path, split, manifest)
-        for problem in dataset._file_problems():
+        try:
+            problems = list(dataset._file_problems())
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        for problem in problems:
             raise UserError(f"{problem}; `python -m pipeline.verify {path}` checks the whole dataset")
         _allow_open_files(2 * len(dataset._parts))
         return dataset

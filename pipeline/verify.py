@@ -40,7 +40,10 @@ def verify(path: str | Path) -> Iterator[str]:
         sound = True
         for record in (ShardRecord(**shard) for shard in entry["shards"]):
             stem = path / split / record.name
-            problem = _shard_problem(stem, record, manifest["tokenizer"])
+            try:
+                problem = _shard_problem(stem, record, manifest["tokenizer"])
+            except OSError as error:
+                problem = f"cannot be read: {error}"
             if problem:
                 sound = False
                 yield f"{split}/{record.name}: {problem}"

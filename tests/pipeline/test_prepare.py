@@ -502,6 +502,8 @@ class TestBadInput:
     def test_a_missing_tokenizer(self, make_config: MakeConfig, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"content\.tokenizer\.path: .*no such file"):
             prepare(make_config(tokenizer={"path": str(tmp_path / "none.model")}))
+        with pytest.raises(UserError, match=r"content\.tokenizer\.path: .*cannot be read: Is a directory"):
+            prepare(make_config(tokenizer={"path": str(tmp_path)}))
 
     def test_an_output_that_holds_other_files(self, make_config: MakeConfig, tmp_path: Path) -> None:
         (tmp_path / "data").mkdir()

@@ -1,5 +1,6 @@
 """The verifier finds each kind of damage and names the file."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline import atomic
 from pipeline.config import PrepareConfig
 from pipeline.errors import UserError
 from pipeline.prepare import prepare
@@ -74,6 +76,20 @@ def test_missing_and_truncated_files(dataset: Path) -> None:
     assert problems[0] == "train/shard-00000: shard-00000.bin: missing"
     assert problems[1].startswith("valid/shard-00000: shard-00000.idx: SHA-256 is ")
     assert len(problems) == 2
+
+
+def test_a_file_that_cannot_be_read(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk's error is damage like any other: the rest is still looked at."""
+
+    def hash_file(path: Path) -> str:
+        if path.name == "shard-00001.bin":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return atomic.hash_file(path)
+
+    monkeypatch.setattr("pipeline.verify.hash_file", hash_file)
+    (problem,) = verify(dataset)
+    assert problem.startswith("train/shard-00001: cannot be read: ")
+    assert "Input/output error" in problem
 
 
 def test_another_tokenizer(dataset: Path) -> None:
