@@ -72,15 +72,13 @@ def locate(path: str) -> str:
             return str(resources.files(package).joinpath(below))
         except ModuleNotFoundError:
             raise UserError(f"{path}: the package is not installed; `pip install {package}` brings it") from None
-    return path if "://" in path or "::" in path else str(Path(path).expanduser().absolute())
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def open_filesystem(location: str, key: str) -> tuple[Any, str]:
     """The fsspec file system of a location, and the path there; `key` is the configuration's, for the message."""
-    from fsspec.core import url_to_fs
-
     try:
-        filesystem, path = url_to_fs(location)
+        filesystem, path = _filesystem_of(location)
     except ImportError as error:
         package = _PACKAGES.get(location.partition("://")[0])
         advice = f"`pip install {package}` on all machines brings what reads it" if package else str(error)
@@ -88,6 +86,17 @@ def open_filesystem(location: str, key: str) -> tuple[Any, str]:
     except ValueError as error:
         raise UserError(f"{key}.path: {location}: {error}") from None
     return filesystem, path.rstrip("/")
+
+
+def _filesystem_of(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    if url.startswith(("/", "file://")):
+        # In a local path fsspec would take "::" for its sign between URLs: of a::b it reads a.
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+    filesystem, path = url_to_fs(url)
+    return filesystem, path
 
 
 def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: str) -> list[SourceFile]:
@@ -248,9 +257,8 @@ def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
     On a remote file system what fails is tried again a few times, also later, while reading.
     """
     from fsspec.compression import compr
-    from fsspec.core import url_to_fs
 
-    filesystem, path = url_to_fs(url)
+    filesystem, path = _filesystem_of(url)
     raw: Any = filesystem.open(path, "rb") if not is_remote(filesystem) else RemoteFile(filesystem, path)
     method = _compression(url) if compression == "infer" else compression
     if method == "zstd":
@@ -277,9 +285,7 @@ def file_state(url: str) -> tuple[Any, ...]:
 
     File systems name a tag differently: ETag (s3, http), etag (gs, az), oid (hf).
     """
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(url)
+    filesystem, path = _filesystem_of(url)
     facts = retry(filesystem, lambda: filesystem.info(path), patient=True)
     return tuple(facts.get(name) for name in ("size", "mtime", "ETag", "etag", "oid"))
 

@@ -116,6 +116,19 @@ def test_text_from_a_directory_a_glob_and_a_file(tmp_path: Path) -> None:
     assert ids(path=[str(tmp_path / "b.txt"), str(tmp_path / "a" / "z.md")]) == ["t:b.txt", "t:z.md"]
 
 
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    names = ["a", "a::b", "d::e/x", "a#b", "a%20b", "a?b", "a*b", "a[1]", "-x", "~x", "$H", " a ", "a\nb", "q'\"", "é"]
+    for name in names:
+        file = tmp_path / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(name)
+    found = read_all(content({"type": "text", "name": "t", "path": str(tmp_path)}))
+    assert found == {f"t:{name}.txt": name for name in names}
+    for name in names:
+        alone = read_all(content({"type": "text", "name": "t", "path": str(tmp_path / f"{name}.txt")}))
+        assert list(alone.values()) == [name]
+
+
 def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
     texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
     for file in (texts / "v2" / "a.txt", elsewhere / "deep" / "b.txt", elsewhere / "c.txt"):
