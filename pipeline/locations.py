@@ -1,12 +1,7 @@
-"""Where files lie: paths, globs, fsspec URLs and installed packages; files, pieces of files, and documents."""
+"""Where files lie: paths, fsspec URLs and installed packages; files, pieces of files, and documents; opening them."""
 
-import glob
 import io
-import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
@@ -14,8 +9,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 from pipeline.errors import UserError
 from pipeline.remote import RemoteFile, is_remote, retry
 
-_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd"}
-_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", *(f".tar{ending}" for ending in _COMPRESSIONS))
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd"}
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -99,135 +93,6 @@ def _filesystem_of(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: str) -> list[SourceFile]:
-    """The files that `paths` name, each called by its path below the directory, the glob's fixed part or its parent."""
-    key = f"content.sources.{source}"
-    if not paths:
-        raise UserError(f"{key}.path: empty; name a file, a directory, a glob or a URL")
-    found: dict[str, SourceFile] = {}
-    names: dict[str, str] = {}
-    for path in [paths] if isinstance(paths, str) else paths:
-        location = locate(path)
-        filesystem, root = open_filesystem(location, key)
-        try:
-            kind = _kind(filesystem, root, location)
-            if kind == "directory":
-                files = [file for file in _files_below(filesystem, root) if PurePosixPath(file).match(pattern)]
-            elif kind is None and _has_magic(root):
-                files = _matching_files(filesystem, root)
-            else:
-                files = [root] if kind else []
-        except (OSError, ValueError) as error:
-            raise UserError(f"{key}.path: {path}: {error}") from None
-        if kind == "directory":
-            if not files:
-                raise UserError(f"{key}.path: {path} holds no file that matches {pattern!r}; set {key}.pattern")
-        elif kind == "file":
-            root = _without_query(root).rpartition("/")[0]
-        elif files:
-            root = _fixed_part(root)
-        else:
-            missing = "no file matches {}" if _has_magic(root) else "{}: no such file or directory"
-            raise UserError(f"{key}.path: {missing.format(path)}")
-        for file in files:
-            relative = _without_query(file).removeprefix(root).lstrip("/")
-            if not is_valid_text(relative):
-                raise UserError(f"{key}.path: the name of {file!a} is not UTF-8; rename the file")
-            if relative.lower().endswith(_ARCHIVES):
-                raise UserError(
-                    f"{key}.path: {file} is an archive of files: unpack it (each file may be packed by itself, as .gz, "
-                    ".bz2, .xz or .zst), or leave it out by the path or the pattern"
-                )
-            url = filesystem.unstrip_protocol(file)
-            if relative in found and found[relative].url != url:
-                raise UserError(
-                    f"{key}.path: {found[relative].url} and {url} are both called {relative!r} in source {name!r}: "
-                    "name a directory above both, or make them two sources"
-                )
-            if names.setdefault(url, relative) != relative:
-                raise UserError(
-                    f"{key}.path: {url} is named twice, as {names[url]!r} and as {relative!r}: let each path hold "
-                    "files of its own, or the document would be read twice"
-                )
-            found[relative] = SourceFile(source, relative, url)
-    return [found[relative] for relative in sorted(found)]
-
-
-def _has_magic(path: str) -> bool:
-    return any(character in path for character in "*?[")
-
-
-def _fixed_part(pattern: str) -> str:
-    parts = pattern.split("/")
-    return "/".join(parts[: next(i for i, part in enumerate(parts) if _has_magic(part))])
-
-
-def _files_below(filesystem: Any, root: str) -> Iterator[str]:
-    """All files of a directory and of those in it. A directory that cannot be listed is an error: its files would be
-    missing without a word, as they are from fsspec's `find`.
-    """
-    if _is_local(filesystem):
-        yield from _local_files_below(root)
-    elif _is_web(root):
-        yield from _web_files_below(filesystem, root)
-    else:
-        yield from retry(filesystem, partial(filesystem.find, root))
-
-
-def _local_files_below(root: str) -> Iterator[str]:
-    """Links to directories are followed; what a link and a directory both lead to is read once, where it lies."""
-    walked, links = set(), [root]
-    while links:
-        for folder, folders, files in os.walk(links.pop(0), onerror=_raise):
-            if (place := os.path.realpath(folder)) in walked:
-                folders.clear()
-                continue
-            walked.add(place)
-            folders.sort()
-            links += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
-            yield from (os.path.join(folder, name) for name in files)
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def _web_files_below(filesystem: Any, folder: str) -> Iterator[str]:
-    for entry in retry(filesystem, partial(filesystem.ls, folder, detail=True)):
-        if entry["type"] != "directory":
-            yield entry["name"]
-        elif entry["name"].rstrip("/") != folder.rstrip("/"):
-            yield from _web_files_below(filesystem, entry["name"])
-
-
-def _matching_files(filesystem: Any, pattern: str) -> list[str]:
-    if not _is_local(filesystem):
-        found = retry(filesystem, partial(filesystem.glob, pattern, detail=True))
-        return [file for file, info in found.items() if info["type"] == "file"]
-    # fsspec's own glob takes no links.
-    if "**" in pattern:
-        from fsspec.utils import glob_translate
-
-        matches = re.compile(glob_translate(pattern)).match
-        return [file for file in _local_files_below(_fixed_part(pattern) or "/") if matches(file)]
-    files: dict[str, str] = {}
-    for file in sorted(glob.glob(pattern, include_hidden=True), key=lambda file: (len(file), file)):
-        folder, _, name = file.rpartition("/")
-        if not os.path.isdir(file):
-            files.setdefault(os.path.join(os.path.realpath(folder), name), file)
-    return list(files.values())
-
-
-def _kind(filesystem: Any, path: str, location: str) -> str | None:
-    """`file`, `directory`, or None: nothing of this name. A web address is a directory if it ends with a slash."""
-    if _is_web(location) and location.endswith("/"):
-        return "directory"
-    try:
-        return str(retry(filesystem, lambda: filesystem.info(path))["type"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def is_valid_text(text: str) -> bool:
     """Whether a string can be written as UTF-8: without the lone surrogates that JSON and odd file names may hold."""
     try:
@@ -237,18 +102,14 @@ def is_valid_text(text: str) -> bool:
     return True
 
 
-def _is_local(filesystem: Any) -> bool:
-    from fsspec.implementations.local import LocalFileSystem
-
-    return isinstance(filesystem, LocalFileSystem)
-
-
-def _is_web(location: str) -> bool:
+def is_web(location: str) -> bool:
+    """Whether it is an address of the web."""
     return location.startswith(("http://", "https://"))
 
 
-def _without_query(path: str) -> str:
-    return path.partition("?")[0] if _is_web(path) else path
+def without_query(path: str) -> str:
+    """A web address without what comes after its path; anything else as it is."""
+    return path.partition("?")[0] if is_web(path) else path
 
 
 def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
@@ -277,7 +138,7 @@ def is_compressed(url: str) -> bool:
 
 
 def _compression(url: str) -> str | None:
-    return _COMPRESSIONS.get(PurePosixPath(_without_query(url)).suffix.lower())
+    return COMPRESSIONS.get(PurePosixPath(without_query(url)).suffix.lower())
 
 
 def file_state(url: str) -> tuple[Any, ...]:

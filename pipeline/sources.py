@@ -15,6 +15,7 @@ from pipeline.atomic import hash_stream
 from pipeline.config import Content, DatasetsSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
 from pipeline.errors import UserError
 from pipeline.hub import find_hub_files, is_parquet
+from pipeline.listing import find_files
 from pipeline.locations import (
     Document,
     LeftOpen,
@@ -22,7 +23,6 @@ from pipeline.locations import (
     Skipped,
     SourceFile,
     file_state,
-    find_files,
     is_compressed,
     is_valid_text,
     open_file,

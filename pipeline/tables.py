@@ -8,13 +8,13 @@ from typing import Any, BinaryIO
 
 from pipeline.config import DatasetsSource, HubSource, ParquetSource
 from pipeline.errors import UserError
+from pipeline.listing import find_files
 from pipeline.locations import (
     Document,
     LeftOpen,
     Piece,
     SourceFile,
     file_state,
-    find_files,
     locate,
     open_file,
     open_filesystem,
