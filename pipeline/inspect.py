@@ -154,15 +154,16 @@ def main() -> int:
         sample_tokens=max(arguments.sample_tokens, 1),
     )
     print_profile(profile)
-    try:
-        if arguments.json:
-            write_json(arguments.json, profile.to_dict())
-            print(f"numbers: {arguments.json}")
-        if arguments.figure:
-            save_figure(profile, arguments.figure)
-            print(f"figure: {arguments.figure}")
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
+    for name, path, write in (
+        ("numbers", arguments.json, lambda path: write_json(path, profile.to_dict())),
+        ("figure", arguments.figure, lambda path: save_figure(profile, path)),
+    ):
+        if path:
+            try:
+                write(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+            print(f"{name}: {path}")
     return 0
 
 
