@@ -65,10 +65,16 @@ class Stages:
         """Run `command` with its output shown. Raises `UserError` if it fails."""
         print(f"\n== {name}: {what}", flush=True)
         began = time.monotonic()
-        status = subprocess.run(command, env=child_environment()).returncode
-        seconds = time.monotonic() - began
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        write_json(self._file, self.seconds)
+        process = subprocess.Popen(command, env=child_environment())
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # Ctrl-C went to it too, and it has something to put in order
+            raise
+        finally:
+            seconds = time.monotonic() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            write_json(self._file, self.seconds)
         if status != 0:
             raise UserError(f"{name} ended with status {status} (see above); run the same command again to continue")
         print(f"== {name}: {duration(seconds)}", flush=True)

@@ -187,6 +187,8 @@ def adopt(
     Raises:
         UserError: a file is missing, damaged or of another tokenizer, a document is not closed, `output` is not empty.
     """
+    if twice := next((prefix for number, prefix in enumerate(prefixes) if prefix in prefixes[:number]), None):
+        raise UserError(f"{twice}: given twice: its documents would come twice")
     tokenizer = Tokenizer(tokenizer_path)
     eos_id = tokenizer.eos_id if eos_id is None else eos_id
     if not 0 <= eos_id < tokenizer.vocab_size:
@@ -246,9 +248,10 @@ def adopt(
 @contextmanager
 def _new_directory(output: Path) -> Iterator[Path]:
     """A directory that becomes `output` when all went well; what a killed adoption left in it is removed."""
-    aside = output.with_name(f".{output.name}.adopting")
+    output = output.absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UserError(f"--output: {output} is there already; give a new directory (each split may have its own)")
+    aside = output.with_name(f".{output.name}.adopting")
     try:
         aside.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -278,9 +281,13 @@ def _link(source: Path, target: Path) -> str:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.adopt", description="Make a dataset of shards that Megatron-LM wrote."
+        prog="python -m pipeline.adopt",
+        description="Make a dataset of shards that Megatron-LM wrote: check every token, then link or copy the files "
+        "and write the manifest.",
     )
-    parser.add_argument("prefixes", metavar="PREFIX", type=Path, nargs="+", help="path without .bin and .idx")
+    parser.add_argument(
+        "prefixes", metavar="PREFIX", type=Path, nargs="+", help="path of a pair of files without .bin and .idx"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the dataset; a new directory")
     parser.add_argument(
         "--tokenizer", type=Path, required=True, metavar="MODEL", help="SentencePiece .model that made the shards"

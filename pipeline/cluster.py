@@ -27,6 +27,7 @@ _CONNECT_SECONDS = 10
 _HEAD_CHECK_SECONDS = 2
 _HEAD_SILENT_SECONDS = 15
 _MEMORY_RETRIES = "RAY_task_oom_retries"
+_LONGEST_FOLDER = 42  # a socket's path has 107 bytes, of which Ray takes 65 below its folder
 _JOBS_BETWEEN_TRIMS = 16  # a heap creeps slowly, and pages that are given back cost time to get again
 
 _jobs_done = count(1)
@@ -61,21 +62,24 @@ def ray_cluster(execution: Execution) -> Iterator[int]:
         finally:
             ray.shutdown()
         return
-    workers = execution.workers or os.cpu_count() or 1
+    workers = execution.workers or usable_cpus()
     folder = own_folder(execution.output)
     # A killed run's remains.
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        with _retries_without_memory(execution.task):
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                object_store_memory=execution.object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-                _temp_dir=str(folder),
-            )
+        try:
+            with _retries_without_memory(execution.task):
+                ray.init(
+                    address="local",
+                    num_cpus=workers,
+                    object_store_memory=execution.object_store_bytes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="error",
+                    _temp_dir=str(folder),
+                )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"Ray cannot be started on this machine (its files: {folder}): {error}") from error
         yield workers
     finally:
         ray.shutdown()
@@ -108,10 +112,16 @@ def check_reachable(address: str, key: str) -> None:
         ) from None
 
 
+def usable_cpus() -> int:
+    """The CPUs that this process may run on: of a machine that a batch system shares out, its part."""
+    return len(os.sched_getaffinity(0))
+
+
 def own_folder(output: Path) -> Path:
     """Where a Ray of one's own keeps its files: a short path (its sockets lie there), the same for the same output."""
     name = blake2b(str(output.expanduser().absolute()).encode(), digest_size=6).hexdigest()
-    return Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{name}"
+    folder = Path(tempfile.gettempdir()) / f"ray-{os.getuid()}-{name}"
+    return folder if len(os.fsencode(folder)) <= _LONGEST_FOLDER else Path("/tmp") / folder.name
 
 
 def in_sequence(function: Callable[..., R], jobs: Sequence[tuple[Any, ...]]) -> list[R]:

@@ -132,7 +132,7 @@ def _count(text: str) -> int:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.inspect", description="See what a dataset holds.")
-    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset: where manifest.json lies")
     parser.add_argument("--split", metavar="S", help="look at this split only; default: all of them")
     parser.add_argument("--samples", metavar="N", type=_count, default=3, help="documents to show; default: 3")
     parser.add_argument(
@@ -154,15 +154,16 @@ def main() -> int:
         sample_tokens=max(arguments.sample_tokens, 1),
     )
     print_profile(profile)
-    try:
-        if arguments.json:
-            write_json(arguments.json, profile.to_dict())
-            print(f"numbers: {arguments.json}")
-        if arguments.figure:
-            save_figure(profile, arguments.figure)
-            print(f"figure: {arguments.figure}")
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from None
+    for name, path, write in (
+        ("numbers", arguments.json, lambda path: write_json(path, profile.to_dict())),
+        ("figure", arguments.figure, lambda path: save_figure(profile, path)),
+    ):
+        if path:
+            try:
+                write(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+            print(f"{name}: {path}")
     return 0
 
 

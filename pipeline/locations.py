@@ -1,8 +1,7 @@
-"""Where files lie: paths, globs, fsspec URLs and installed packages; files, pieces of files, and documents."""
+"""Where files lie: paths, fsspec URLs and installed packages; files, pieces of files, and documents; opening them."""
 
 import io
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
@@ -10,6 +9,7 @@ from typing import Any, BinaryIO, Generic, Protocol, TypeVar, cast
 from pipeline.errors import UserError
 from pipeline.remote import RemoteFile, is_remote, retry
 
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".lzma": "lzma", ".zst": "zstd"}
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
@@ -60,19 +60,19 @@ def locate(path: str) -> str:
     """An absolute path or a URL, from what a user may write."""
     if path.startswith("package:"):
         package, _, below = path.removeprefix("package:").partition("/")
+        if not package:
+            raise UserError(f"{path}: not of the form package:NAME/DIR")
         try:
             return str(resources.files(package).joinpath(below))
         except ModuleNotFoundError:
             raise UserError(f"{path}: the package is not installed; `pip install {package}` brings it") from None
-    return path if "://" in path or "::" in path else str(Path(path).expanduser().absolute())
+    return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def open_filesystem(location: str, key: str) -> tuple[Any, str]:
     """The fsspec file system of a location, and the path there; `key` is the configuration's, for the message."""
-    from fsspec.core import url_to_fs
-
     try:
-        filesystem, path = url_to_fs(location)
+        filesystem, path = _filesystem_of(location)
     except ImportError as error:
         package = _PACKAGES.get(location.partition("://")[0])
         advice = f"`pip install {package}` on all machines brings what reads it" if package else str(error)
@@ -82,59 +82,15 @@ def open_filesystem(location: str, key: str) -> tuple[Any, str]:
     return filesystem, path.rstrip("/")
 
 
-def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: str) -> list[SourceFile]:
-    """The files that `paths` name, each called by its path below the directory, the glob's fixed part or its parent."""
-    key = f"content.sources.{source}"
-    found: dict[str, SourceFile] = {}
-    for path in [paths] if isinstance(paths, str) else paths:
-        location = locate(path)
-        filesystem, root = open_filesystem(location, key)
-        try:
-            kind = _kind(filesystem, root, location)
-            if kind == "directory":
-                within = retry(filesystem, partial(filesystem.find, root))
-                files = [file for file in within if PurePosixPath(file).match(pattern)]
-            elif kind is None and any(character in root for character in "*?["):
-                within = retry(filesystem, partial(filesystem.glob, root, detail=True))
-                files = [file for file, info in within.items() if info["type"] == "file"]
-            else:
-                files = [root] if kind else []
-        except OSError as error:
-            raise UserError(f"{key}.path: {path}: {error}") from None
-        if kind == "directory":
-            if not files:
-                raise UserError(f"{key}.path: {path} holds no file that matches {pattern!r}; set {key}.pattern")
-        elif kind == "file":
-            root = _without_query(root).rpartition("/")[0]
-        elif files:
-            fixed = root.split("/")
-            magic = next(i for i, part in enumerate(fixed) if any(character in part for character in "*?["))
-            root = "/".join(fixed[:magic])
-        else:
-            missing = "no file matches {}" if any(c in root for c in "*?[") else "{}: no such file or directory"
-            raise UserError(f"{key}.path: {missing.format(path)}")
-        for file in files:
-            relative = _without_query(file).removeprefix(root).lstrip("/")
-            if not is_valid_text(relative):
-                raise UserError(f"{key}.path: the name of {file!a} is not UTF-8; rename the file")
-            url = filesystem.unstrip_protocol(file)
-            if relative in found and found[relative].url != url:
-                raise UserError(
-                    f"{key}.path: {found[relative].url} and {url} are both called {relative!r} in source {name!r}: "
-                    "name a directory above both, or make them two sources"
-                )
-            found[relative] = SourceFile(source, relative, url)
-    return [found[relative] for relative in sorted(found)]
+def _filesystem_of(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
 
-
-def _kind(filesystem: Any, path: str, location: str) -> str | None:
-    """`file`, `directory`, or None: nothing of this name. A web address is a directory if it ends with a slash."""
-    if _is_web(location) and location.endswith("/"):
-        return "directory"
-    try:
-        return str(retry(filesystem, lambda: filesystem.info(path))["type"])
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    if url.startswith(("/", "file://")):
+        # In a local path fsspec would take "::" for its sign between URLs: of a::b it reads a.
+        return LocalFileSystem(), LocalFileSystem._strip_protocol(url)
+    filesystem, path = url_to_fs(url)
+    return filesystem, path
 
 
 def is_valid_text(text: str) -> bool:
@@ -146,12 +102,14 @@ def is_valid_text(text: str) -> bool:
     return True
 
 
-def _is_web(location: str) -> bool:
+def is_web(location: str) -> bool:
+    """Whether it is an address of the web."""
     return location.startswith(("http://", "https://"))
 
 
-def _without_query(path: str) -> str:
-    return path.partition("?")[0] if _is_web(path) else path
+def without_query(path: str) -> str:
+    """A web address without what comes after its path; anything else as it is."""
+    return path.partition("?")[0] if is_web(path) else path
 
 
 def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
@@ -160,9 +118,8 @@ def open_file(url: str, compression: str | None = "infer") -> BinaryIO:
     On a remote file system what fails is tried again a few times, also later, while reading.
     """
     from fsspec.compression import compr
-    from fsspec.core import url_to_fs
 
-    filesystem, path = url_to_fs(url)
+    filesystem, path = _filesystem_of(url)
     raw: Any = filesystem.open(path, "rb") if not is_remote(filesystem) else RemoteFile(filesystem, path)
     method = _compression(url) if compression == "infer" else compression
     if method == "zstd":
@@ -181,10 +138,7 @@ def is_compressed(url: str) -> bool:
 
 
 def _compression(url: str) -> str | None:
-    from fsspec.utils import infer_compression
-
-    method: str | None = infer_compression(_without_query(url))
-    return method
+    return COMPRESSIONS.get(PurePosixPath(without_query(url)).suffix.lower())
 
 
 def file_state(url: str) -> tuple[Any, ...]:
@@ -192,9 +146,7 @@ def file_state(url: str) -> tuple[Any, ...]:
 
     File systems name a tag differently: ETag (s3, http), etag (gs, az), oid (hf).
     """
-    from fsspec.core import url_to_fs
-
-    filesystem, path = url_to_fs(url)
+    filesystem, path = _filesystem_of(url)
     facts = retry(filesystem, lambda: filesystem.info(path), patient=True)
     return tuple(facts.get(name) for name in ("size", "mtime", "ETag", "etag", "oid"))
 

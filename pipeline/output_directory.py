@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.credentials import redact
 from pipeline.errors import UserError
 
 _NOT_TO_BE_WRITTEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -74,7 +75,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 class Log:
-    """Lines for the terminal (or the Ray job's log), and the same lines with their time in a file."""
+    """Lines for the terminal (or the Ray job's log); the same, with their time and without passwords, in a file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -97,4 +98,4 @@ class Log:
 
     def _record(self, line: str) -> None:
         with suppress(OSError):
-            self._file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
+            self._file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {redact(line)}\n")

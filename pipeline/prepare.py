@@ -8,31 +8,30 @@ What is finished is never done again; nothing counts before the manifest is ther
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline import encode
-from pipeline.atomic import hash_file, is_aside, sync_directory, write_aside, write_json
+from pipeline.atomic import hash_file, is_aside, read_json, sync_directory, write_aside, write_json
 from pipeline.card import write_card
-from pipeline.check import describe_sources
+from pipeline.check import describe_sources, no_document_in, refuse_empty_splits, refuse_missing_mounts
 from pipeline.clean import function_file
-from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence, ray_cluster, run_tasks
+from pipeline.cluster import ClusterLostError, end_for_lost_cluster, in_sequence, ray_cluster, run_tasks, usable_cpus
 from pipeline.config import PrepareConfig
 from pipeline.duplicates import Flags, find_duplicates, fingerprint_unit
-from pipeline.errors import UserError, run_command
-from pipeline.locations import SourceFile, open_file, read_errors
+from pipeline.errors import INTERRUPTED_EXIT, UserError, run_command
+from pipeline.locations import SourceFile
 from pipeline.manifest import new_manifest
 from pipeline.output_directory import Log, config_changes, locked, source_changes
 from pipeline.progress import Progress
-from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, bin_path, idx_path, read_manifest
+from pipeline.shards import MANIFEST, TOKENIZER, TRAIN, ShardRecord, TokenDataset, bin_path, idx_path, read_manifest
 from pipeline.sources import Survey, cut_units, group_units, list_files
 from pipeline.strict_yaml import load_config
 from pipeline.tokenizer import Tokenizer
@@ -52,6 +51,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         UserError: the sources, the configuration or the output directory are not what they should be.
     """
     files = list_files(config.content)
+    refuse_empty_splits(config.content, files)
     output = config.execution.output.expanduser().absolute()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ class _Preparation:
                 tokenizer = self._tokenizer(units, flags)
             with self._stage("encode"):
                 ledger = self._encode(units, flags, tokenizer)
-                self._refuse_changed_files(surveys, workers)
+                self._refuse_changed_inputs(surveys, workers)
             with self._stage("write"):
                 shards = self._write(len(units), ledger, tokenizer)
         return self._commit(surveys, tokenizer, ledger, shards)
@@ -100,10 +100,15 @@ class _Preparation:
 
     def _find_done(self, files: Sequence[SourceFile]) -> dict[str, Any]:
         manifest = read_manifest(self.output)
-        batches = _batches(files, os.cpu_count() or 1)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        batches = _batches(files, usable_cpus())
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             surveys = [found for batch in pool.map(self._survey, batches) for found in batch]
         self._refuse_changes(manifest, self._inputs(surveys))
+        try:
+            for split in manifest["splits"]:
+                TokenDataset.open(self.output, split)
+        except UserError as error:
+            raise UserError(f"{error}. To make the dataset again, delete {self.output} first.") from None
         shutil.rmtree(self.workspace, ignore_errors=True)
         self.say(f"nothing to do: {self.output} holds this dataset, digest {manifest['digest']}")
         return manifest
@@ -119,7 +124,7 @@ class _Preparation:
             surveys += batch
             progress.add(len(batch), n_bytes=sum(found.size or 0 for found in batch))
         surveys.sort(key=lambda found: (found.file.source, found.file.name))
-        _refuse_missing_mounts(surveys)
+        refuse_missing_mounts(surveys)
         self._bind_workspace(self._inputs(surveys))
         units = cut_units(surveys, self.content)
         n_bytes = sum(piece.n_bytes for unit in units for piece in unit)
@@ -137,9 +142,12 @@ class _Preparation:
             record["content"]["clean"]["function_sha256"] = hash_file(file)
         if self.content.tokenizer.path is not None:
             path = Path(self.content.tokenizer.path).expanduser()
-            if not path.is_file():
-                raise UserError(f"content.tokenizer.path: {path}: no such file")
-            record["tokenizer"] = {"sha256": hash_file(path)}
+            try:
+                record["tokenizer"] = {"sha256": hash_file(path)}
+            except FileNotFoundError:
+                raise UserError(f"content.tokenizer.path: {path}: no such file") from None
+            except OSError as error:
+                raise UserError(f"content.tokenizer.path: {path}: cannot be read: {error.strerror}") from None
         return record
 
     def _bind_workspace(self, inputs: dict[str, Any]) -> None:
@@ -247,8 +255,9 @@ class _Preparation:
             progress.add(1, documents=done.documents, tokens=done.tokens, n_bytes=n_bytes)
         return total
 
-    def _refuse_changed_files(self, surveys: Sequence[Survey], workers: int) -> None:
+    def _refuse_changed_inputs(self, surveys: Sequence[Survey], workers: int) -> None:
         """Of a file that was written to while it was read, nobody knows which content the units hold."""
+        self._refuse_changes(read_json(self.workspace / "inputs.json"), self._inputs(surveys))
         read = [(found.file.url, found.state) for found in surveys if found.state]
         for urls in self._run(encode.changed_files, [(batch,) for batch in _batches(read, workers)]):
             if urls:
@@ -277,16 +286,12 @@ class _Preparation:
         self.say(f"write: {len(jobs)} shards, {sum(r.bytes for s in shards.values() for r in s.values()) / 1e6:.1f} MB")
         return {split: [records[number] for number in sorted(records)] for split, records in shards.items()}
 
-    @staticmethod
-    def _explain_empty(split: str, ledger: encode.Ledger) -> str:
+    def _explain_empty(self, split: str, ledger: encode.Ledger) -> str:
         total = ledger.total()
         if not total.documents:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(total.dropped.items()))
             return f"content.sources: no document with text{f' (dropped: {reasons})' if reasons else ''}"
-        return (
-            f"content.splits: none of the {total.documents} documents falls into {split!r}; "
-            "raise or lower its fraction, remove the split, or change content.seed"
-        )
+        return f"{no_document_in(split, total.documents)}, in a new execution.output or after deleting {self.output}"
 
     def _commit(
         self,
@@ -338,7 +343,7 @@ class _Preparation:
         """Remove what killed processes and abandoned attempts left: files half written, shards that are not ours."""
         ours = {path(folder / record.name) for record in records for path in (bin_path, idx_path)}
         for file in folder.iterdir():
-            if is_aside(file) or (file.name.startswith("shard-") and file not in ours):
+            if file.is_file() and (is_aside(file) or (file.name.startswith("shard-") and file not in ours)):
                 file.unlink()
 
     def _write_samples(self, ledger: encode.Ledger) -> None:
@@ -350,17 +355,6 @@ class _Preparation:
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
 
 
-def _refuse_missing_mounts(surveys: Sequence[Survey]) -> None:
-    """Refuse to skip what this machine can open: a node without the mount would leave its share of the corpus out."""
-    for url in (found.file.url for found in surveys if found.sha256 is None):
-        with suppress(*read_errors()):
-            open_file(url, compression=None).close()
-            raise UserError(
-                f"{url}: can be read here, but not on another machine of the cluster: sources must lie where all its "
-                "machines see them. Mount them there, or leave that machine out with execution.task.resources."
-            )
-
-
 def _batches(files: Sequence[R], workers: int) -> list[list[R]]:
     """Several files a task where there are many, and still several tasks a worker."""
     size = min(max(1, len(files) // (8 * workers)), _FILES_AT_ONCE)
@@ -369,10 +363,27 @@ def _batches(files: Sequence[R], workers: int) -> list[list[R]]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.prepare", description="Turn text into token shards.")
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file; its keys are documented in pipeline/config.py")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="for example execution.output=runs/data")
-    parser.add_argument("--check", action="store_true", help="list files, fields and the first row of each source")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.prepare",
+        description="Turn text into token shards. A command that was interrupted goes on where it stopped when it is "
+        "run again.",
+        epilog="Exit status: 0 done, 2 something to mend (said in one message), 130 interrupted, 1 anything else.",
+    )
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file such as configs/data/own-text.yaml; its keys are documented in pipeline/config.py, "
+        "what they are for in docs/data.md",
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="replaces a key of CONFIG: content.sources.0.path=TEXTS, execution.output=DIR",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only list files, fields and the first row of each source; make nothing"
+    )
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -383,7 +394,7 @@ def main() -> int:
             prepare(config)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from what is finished", flush=True)
-        return 130
+        return INTERRUPTED_EXIT
     except ClusterLostError as error:
         end_for_lost_cluster(error)
     return 0

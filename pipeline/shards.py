@@ -199,10 +199,10 @@ class Shard:
 
 
 def read_manifest(path: str | Path) -> dict[str, Any]:
-    """The manifest of a dataset directory.
+    """The manifest of a dataset directory; it has all that `TokenDataset` and `dataset_digest` need.
 
     Raises:
-        UserError: there is none, or it is of another format or a newer version.
+        UserError: there is none, it is damaged, or of another format or a newer version.
     """
     file = Path(path) / MANIFEST
     try:
@@ -212,12 +212,22 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
             f"{path}: not a dataset: it has no {MANIFEST} (preparing writes it last; "
             "`python -m pipeline.prepare CONFIG` makes or finishes one)"
         ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{file}: damaged: not JSON ({error})") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(f"{file}: not a manifest of {FORMAT}")
     if (version := manifest.get("version")) != VERSION:
         raise UserError(f"{file}: version {version}; this release reads version {VERSION}: upgrade it")
+    try:
+        missing = sorted({"content", "sources", "digest"} - manifest.keys())
+        for split in manifest["splits"]:
+            TokenDataset(Path(path), split, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        missing = [f"{type(error).__name__} {error}"]
+    if missing:
+        raise UserError(f"{file}: damaged: {', '.join(missing)}; take it from a copy, or prepare the dataset again")
     return manifest
 
 
@@ -280,13 +290,14 @@ class TokenDataset:
         """
         path = Path(path).absolute()
         manifest = read_manifest(path)
+        if split not in manifest["splits"]:
+            raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
+        dataset = cls(path, split, manifest)
         try:
-            if split not in manifest["splits"]:
-                raise UserError(f"{path}: no split {split!r}; it has: {', '.join(manifest['splits'])}")
-            dataset = cls(path, split, manifest)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path / MANIFEST}: damaged: {type(error).__name__} {error}") from None
-        for problem in dataset._file_problems():
+            problems = list(dataset._file_problems())
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from None
+        for problem in problems:
             raise UserError(f"{problem}; `python -m pipeline.verify {path}` checks the whole dataset")
         _allow_open_files(2 * len(dataset._parts))
         return dataset

@@ -4,6 +4,7 @@ A reader knows one type of source. Its files are hashed and measured once (`surv
 bounded size; a piece is read by itself, on any machine that sees the file.
 """
 
+import codecs
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from pipeline.atomic import hash_stream
 from pipeline.config import Content, DatasetsSource, HubSource, JsonlSource, ParquetSource, Source, TextSource
 from pipeline.errors import UserError
 from pipeline.hub import find_hub_files, is_parquet
+from pipeline.listing import find_files
 from pipeline.locations import (
     Document,
     LeftOpen,
@@ -21,7 +23,6 @@ from pipeline.locations import (
     Skipped,
     SourceFile,
     file_state,
-    find_files,
     is_compressed,
     is_valid_text,
     open_file,
@@ -113,7 +114,7 @@ def changed(url: str, state: tuple[Any, ...]) -> bool:
 
 
 def _unreadable(url: str, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     return UserError(
         f"{url}: cannot be read: {reason}. Mend or remove the file, or leave such files out "
         "with content.clean.on_unreadable_file=skip."
@@ -190,7 +191,7 @@ def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
         for item in reader(source).read(piece):
             read += 1
             if isinstance(item, Document):
-                yield Document(f"{source.name}:{item.id}", item.data)
+                yield Document(document_id(source.name, item.id), item.data)
             elif content.clean.on_bad_row == "skip":
                 yield Skipped(f"{source.name}:{place}", "bad_row")
             else:
@@ -205,6 +206,11 @@ def read_piece(content: Content, piece: Piece) -> Iterator[Document | Skipped]:
             yield Skipped(f"{source.name}:{place}", "unreadable_rows", piece.stop - piece.start - read)
         else:
             yield Skipped(f"{source.name}:{place}", "unreadable_part")
+
+
+def document_id(source: str, name: str) -> str:
+    """The id of a document, given its source's name and its own: of a text file, the file's."""
+    return f"{source}:{name}"
 
 
 def has_rows(source: Source, url: str) -> bool:
@@ -256,6 +262,8 @@ class _JsonlReader:
 
     def read(self, piece: Piece) -> Iterator[Document | UserError]:
         for offset, line in _compressed_lines(piece) if is_compressed(piece.url) else _lines(piece):
+            if not offset:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield self._document(f"{piece.name}@{offset}", f"{piece.url}: line at byte {offset}", line)
 
@@ -289,7 +297,9 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
     with open_file(piece.url) as stream:
         if piece.start:
             stream.seek(piece.start - 1)
-            stream.readline()
+            # No further than the piece: of a line that is as long as many pieces, each would read all the rest.
+            if not stream.readline(piece.stop - piece.start + 1).endswith(b"\n"):
+                return
         while (offset := stream.tell()) < piece.stop and (line := stream.readline()):
             yield offset, line
 

@@ -46,7 +46,9 @@ def load_config(model: type[T], path: str | Path, overrides: Sequence[str] = ())
             value = OmegaConf.from_dotlist([f"value{override[len(dotted_key) :]}"])._get_node("value")
             OmegaConf.update(config, dotted_key, value, merge=False)
             overridden.append(dotted_key)
-        except (OmegaConfBaseException, ValueError, TypeError, IndexError, AttributeError) as error:
+        except IndexError:
+            problems.append(f"override {override!r}: the list has no such item; give the whole list, KEY=[ITEM, …]")
+        except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
             problems.append(f"override {override!r}: {str(error).splitlines()[0]}")
         except Exception as error:
             if not type(error).__module__.startswith("yaml"):
@@ -59,7 +61,7 @@ def load_config(model: type[T], path: str | Path, overrides: Sequence[str] = ())
         checked = model.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            key = _key_of(item["loc"], data)
+            key = _key_of(item["loc"], data, missing=item["type"] == "missing")
             # A list whose items are wrong also counts as too short.
             if any(key[: len(bad)] == bad for bad in unresolved) or (item["type"] == "too_short" and item["input"]):
                 continue
@@ -123,12 +125,15 @@ def _resolve(config: Any) -> tuple[Any, dict[Key, str]]:
     return visit(config, ()), failed
 
 
-def _key_of(location: Sequence[str | int], data: Any) -> Key:
-    """The key of an error: pydantic's location without the names of union members, which the data does not hold."""
+def _key_of(location: Sequence[str | int], data: Any, *, missing: bool) -> Key:
+    """The key of an error: pydantic's location without the names of union members, which the data does not hold.
+
+    missing: the data does not hold the last part either.
+    """
     key: list[str | int] = []
     for position, part in enumerate(location):
         is_last = position == len(location) - 1
-        if isinstance(data, dict) and (part in data or is_last):
+        if isinstance(data, dict) and (part in data or (missing and is_last)):
             key.append(part)
             data = data.get(part)
         elif isinstance(data, list) and isinstance(part, int) and part < len(data):

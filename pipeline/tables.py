@@ -8,13 +8,13 @@ from typing import Any, BinaryIO
 
 from pipeline.config import DatasetsSource, HubSource, ParquetSource
 from pipeline.errors import UserError
+from pipeline.listing import find_files
 from pipeline.locations import (
     Document,
     LeftOpen,
     Piece,
     SourceFile,
     file_state,
-    find_files,
     locate,
     open_file,
     open_filesystem,
@@ -143,7 +143,7 @@ class DatasetsReader:
         if not filesystem.isfile(f"{path}/{self._STATE}"):
             top, top_path = open_filesystem(root, key)
             if top.isfile(f"{top_path}/dataset_dict.json"):
-                splits = ", ".join(json.loads(top.cat_file(f"{top_path}/dataset_dict.json"))["splits"])
+                splits = ", ".join(_splits(top.cat_file(f"{top_path}/dataset_dict.json")))
                 raise UserError(f"{key}.split: {self.config.split!r} is no split of {root}; it has: {splits}")
             advice = "set `split` to null" if self.config.split else "write one with save_to_disk"
             raise UserError(f"{key}.path: {folder} holds no dataset of `datasets` (no {self._STATE}); {advice}")
@@ -173,7 +173,17 @@ class DatasetsReader:
     def _load(folder: str) -> Any:
         import datasets
 
-        return datasets.load_from_disk(folder)
+        try:
+            return datasets.load_from_disk(folder)
+        except (ValueError, KeyError, TypeError) as error:
+            raise OSError(f"not what `datasets` writes: {type(error).__name__}: {error}") from None
+
+
+def _splits(dataset_dict: bytes) -> list[str]:
+    try:
+        return [str(name) for name in json.loads(dataset_dict)["splits"]]
+    except (ValueError, KeyError, TypeError):
+        return ["nothing that can be read: dataset_dict.json is damaged"]
 
 
 def _cut_rows(rows: int, n_bytes: int, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
@@ -200,6 +210,8 @@ def _check_columns(schema: Any, config: _TableSource, where: str) -> None:
     for key, name in (("text_field", config.text_field), ("id_field", config.id_field)):
         if name is not None and name not in schema.names:
             raise UserError(f"{where}: no column {name!r} ({key}); it has: {', '.join(schema.names)}")
+        if name is not None and (count := schema.names.count(name)) > 1:
+            raise UserError(f"{where}: {count} columns are called {name!r} ({key}); rename all but one")
     kind = schema.field(config.text_field).type
     if not _is_text(kind):
         raise UserError(f"{where}: column {config.text_field!r} (text_field) holds {kind}, not text")

@@ -2,10 +2,11 @@
 
     python -m pipeline.verify DIR
 
-Exit status: 0 sound, 1 damaged, 2 not a dataset.
+Exit status: 0 sound, 1 damaged, 2 not a dataset, or a manifest that cannot be read.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipeline.shards import Shard, ShardRecord, bin_path, dataset_digest, idx_pa
 from pipeline.tokenizer import Tokenizer
 
 _BLOCK_TOKENS = 1 << 22
+_COUNTS = "documents", "tokens", "utf8_bytes"
 
 
 def verify(path: str | Path) -> Iterator[str]:
@@ -31,13 +33,17 @@ def verify(path: str | Path) -> Iterator[str]:
     digest = dataset_digest(manifest)
     if digest != manifest["digest"]:
         yield f"manifest.json: its digest is {manifest['digest']}, its content has {digest}"
+    yield from _sum_problems(manifest)
     utf8_lengths = yield from _verify_tokenizer(path, manifest)
     for split, entry in manifest["splits"].items():
-        totals = {"documents": 0, "tokens": 0, "utf8_bytes": 0}
+        totals = dict.fromkeys(_COUNTS, 0)
         sound = True
         for record in (ShardRecord(**shard) for shard in entry["shards"]):
             stem = path / split / record.name
-            problem = _shard_problem(stem, record, manifest["tokenizer"])
+            try:
+                problem = _shard_problem(stem, record, manifest["tokenizer"])
+            except OSError as error:
+                problem = f"cannot be read: {error}"
             if problem:
                 sound = False
                 yield f"{split}/{record.name}: {problem}"
@@ -51,6 +57,22 @@ def verify(path: str | Path) -> Iterator[str]:
         for name, total in totals.items():
             if sound and total != entry[name]:
                 yield f"{split}: the manifest counts {entry[name]} {name}, the shards hold {total}"
+
+
+def _sum_problems(manifest: dict[str, Any]) -> Iterator[str]:
+    """Counts that the manifest alone shows to be wrong: of sources, and of what was dropped."""
+    dropped: Counter[str] = Counter()
+    for split, entry in manifest["splits"].items():
+        dropped.update(entry.get("dropped", {}))
+        if not (sources := entry.get("by_source")):
+            continue  # adopted shards have none
+        totals = {name: sum(source[name] for source in sources.values()) for name in _COUNTS}
+        totals["dropped"] = dict(sum((Counter(source["dropped"]) for source in sources.values()), Counter[str]()))
+        for name, total in totals.items():
+            if total != entry.get(name):
+                yield f"manifest.json: {split}: counts {entry.get(name)} {name}, its sources {total}"
+    if dropped != (total := manifest.get("dropped", {})):
+        yield f"manifest.json: counts {total} dropped, its splits {dict(dropped)}"
 
 
 def _verify_tokenizer(path: Path, manifest: dict[str, Any]) -> Any:
@@ -70,7 +92,7 @@ def _verify_tokenizer(path: Path, manifest: dict[str, Any]) -> Any:
         expected = content.get("adopted", {}).get(name, getattr(tokenizer, name))
         if expected != entry[name]:
             yield f"{entry['file']}: {name} is {expected}, the manifest says {entry[name]}"
-    return tokenizer.utf8_lengths() if "adopted" in content or "train" in content["tokenizer"] else None
+    return tokenizer.utf8_lengths() if "adopted" in content or "train" in content.get("tokenizer", {}) else None
 
 
 def _shard_problem(stem: Path, record: ShardRecord, tokenizer: dict[str, Any]) -> str | None:
@@ -116,8 +138,12 @@ def _blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.verify", description="Prove a dataset, byte by byte.")
-    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.verify",
+        description="Prove a dataset: read every file again and check each hash, count and token.",
+        epilog="Exit status: 0 sound, 1 damaged (a line for each problem), 2 not a dataset.",
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="the dataset: where manifest.json lies")
     directory = parser.parse_args().directory
     problems = 0
     for problem in verify(directory):

@@ -105,11 +105,18 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, bpe: str) -> None:
         (["--tokenizer", str(tmp_path / "a.bin")], "a.bin: not a SentencePiece model"),
         (["--tokenizer", bpe, "--eos-id", "400"], "--eos-id: 400 is no piece of"),
         (["--tokenizer", bpe, "--split", "../x"], "--split: '../x' cannot name a split"),
+        (["--tokenizer", bpe, "--output", "."], " is there already"),
     ):
         done = run(str(prefix), "--output", str(tmp_path / "data"), *options)
         assert done.returncode == 2, done.stdout
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_pair_of_files_given_twice(tmp_path: Path, bpe: str) -> None:
+    prefix = write(tmp_path / "a", [[5, 1]])
+    with pytest.raises(UserError, match="a: given twice"):
+        adopt([prefix, prefix], tmp_path / "data", Path(bpe))
 
 
 def test_where_no_link_is_possible_the_file_is_copied(

@@ -30,9 +30,12 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a directory; `ranges`: also parts of files; `failures`: how many requests it fails before it obeys."""
+    """Serves a directory; `ranges`: also parts of files; `failures`: how many requests it fails before it obeys;
+    `missing`: what it does not find though it lists it.
+    """
 
     ranges = True
+    missing = ""
     failures = 0
     cut = 0
 
@@ -61,6 +64,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def _fails(self) -> bool:
+        if self.path == self.missing:
+            self.send_error(404)
+            return True
         if type(self).failures <= 0:
             return False
         type(self).failures -= 1
@@ -139,11 +145,21 @@ def test_a_directory_and_an_address_with_a_query(folder: Path) -> None:
         assert texts(signed) == [row["text"] for row in ROWS]
 
 
+def test_a_directory_that_a_server_lists_but_does_not_have(folder: Path) -> None:
+    """Its files would be missing without a word."""
+    with (
+        served(folder, missing="/deep/") as (address, _),
+        pytest.raises(UserError, match=r"content\.sources\.0\.path: .*/deep/"),
+    ):
+        list_files(content_of(type="jsonl", path=f"{address}/"))
+
+
 def test_a_server_without_ranges(folder: Path) -> None:
     """Lines are found by reading from the start; tables, which are read from their end, are refused."""
     with served(folder, ranges=False) as (address, _):
         (folder / "long.jsonl").write_bytes(LINES * 100)  # longer than what is asked for at once
-        assert texts(content_of(type="jsonl", path=f"{address}/long.jsonl")) == [row["text"] for row in ROWS] * 100
+        config = content_of(type="jsonl", path=f"{address}/long.jsonl").model_copy(update={"unit_bytes": 2_000_000})
+        assert texts(config) == [row["text"] for row in ROWS] * 100  # each piece is read from the start
         (folder / "long.parquet").write_bytes(b"PAR1" + bytes(12_000_000) + (folder / "rows.parquet").read_bytes())
         with pytest.raises(UserError, match=r"long\.parquet: cannot be read: .*range requests.*copy the file first"):
             texts(content_of(type="parquet", path=f"{address}/long.parquet"))

@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import io
 import json
 import lzma
 import os
@@ -167,6 +168,16 @@ def test_a_truncated_compressed_file(tmp_path: Path, ending: str) -> None:
     assert len(read(config)[1]) == len(ROWS)
 
 
+def test_a_look_at_a_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    source = {"type": "text", "path": str(tmp_path)}
+    with pytest.raises(UserError, match=r"gone\.txt: cannot be read: .*No such file"):
+        list(describe_sources(content_of(source)))
+    lines = list(describe_sources(content_of(source, clean={"on_unreadable_file": "skip"})))
+    assert lines[1:] == ["  a.txt  1 bytes", "  gone.txt  0 bytes", "  first document: 'a'"]
+
+
 def test_an_unreadable_file_in_the_manifest(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:
     """Damaged: with the hash of its bytes; not to be read at all: without one, which is no change the next time."""
     texts, output = tmp_path / "texts", tmp_path / "data"
@@ -229,6 +240,36 @@ def test_bad_lines(tmp_path: Path, message: str) -> None:
     _, documents, skipped = read(content_of(source, clean={"on_bad_row": "skip"}))
     assert [document.data for document in documents] == [b"good"] * 2
     assert [(item.reason, item.count) for item in skipped] == [("bad_row", 1)]
+
+
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_a_mark_of_byte_order_is_no_part_of_the_first_line(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"a.jsonl{ending}").write_bytes(COMPRESS.get(ending[1:], bytes)(b"\xef\xbb\xbf" + LINES))
+    config = content_of({"type": "jsonl", "path": str(tmp_path)}, unit_bytes=1000)
+    _, documents, _ = read(config)
+    assert sorted(item.data.decode() for item in documents) == sorted(row["text"] for row in ROWS)
+    assert "  fields: text: str" in list(describe_sources(config))
+
+
+def test_a_line_as_long_as_many_pieces_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"text": "long " * 20_000}), json.dumps({"text": "short"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    read_bytes = 0
+
+    class Counted(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            nonlocal read_bytes
+            line = super().readline(size)
+            read_bytes += len(line)
+            return line
+
+    config = content_of({"type": "jsonl", "path": str(tmp_path)}, unit_bytes=1000)
+    pieces = [piece for file in list_files(config) for piece in survey(config, file).pieces]
+    monkeypatch.setattr(sources, "open_file", lambda url: Counted((tmp_path / "a.jsonl").read_bytes()))
+    documents = [item for piece in pieces for item in read_piece(config, piece) if isinstance(item, Document)]
+    assert [item.data for item in documents] == [json.loads(line)["text"].encode() for line in lines]
+    assert len(pieces) > 100
+    assert read_bytes < 3 * pieces[-1].stop
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])

@@ -260,6 +260,7 @@ def test_command_line_refuses(dataset: Path, tmp_path: Path) -> None:
         ([str(dataset), "--split", "x"], "no split 'x'"),
         ([str(dataset), "--figure", str(tmp_path / "f.pdf")], "let its name end in .png"),
         ([str(dataset), "--json", str(tmp_path / "no" / "f.json")], "no such directory"),
+        ([str(dataset), "--json", str(tmp_path / "empty")], f"{tmp_path / 'empty'}: cannot be written: Is a"),
         ([str(dataset), "--samples", "-1"], "not a number of 0 or more"),
     ):
         done = run(*arguments)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 import psutil
 import pyarrow
 import pytest
+import ray
 from pyarrow import parquet
 
 from pipeline.cluster import own_folder
@@ -292,6 +294,31 @@ def test_a_cluster_that_is_not_there(make_config: MakeConfig, tmp_path: Path) ->
     assert printed.startswith("error: execution.ray_address (or RAY_ADDRESS): 127.0.0.1:1: cannot be reached")
 
 
+def test_a_folder_whose_path_is_too_long_for_a_socket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    socket = "session_2000-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+    for folder in (tmp_path / ("long" * 20), Path("/tmp"), Path("/var/tmp/some-job")):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        path = own_folder(tmp_path / "data")
+        assert len(str(path / socket)) <= 107
+        assert path == own_folder(tmp_path / "data") != own_folder(tmp_path / "other")
+
+
+def test_a_ray_that_cannot_be_started(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is given no more CPUs than a batch system gave this process."""
+
+    def refuse(num_cpus: int, **_: Any) -> None:
+        raise ValueError(f"{num_cpus} CPUs are too few")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {5, 6, 7})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with pytest.raises(UserError, match=r"Ray cannot be started on this machine .*: 3 CPUs are too few"):
+        prepare(make_config(workers=None))
+    assert not own_folder(tmp_path / "data").exists()
+
+
 @pytest.mark.usefixtures("ray_address")
 class TestDataset:
     def test_holds_every_document_exactly_once(
@@ -336,6 +363,18 @@ class TestDataset:
         assert capsys.readouterr().out == f"nothing to do: {output} holds this dataset, digest {manifest['digest']}\n"
         assert before == {path: path.stat().st_mtime_ns for path in files}
         assert len(files) == len([path for path in output.rglob("*") if path.is_file()]) - 1
+
+    def test_is_not_found_done_where_a_file_is_missing(
+        self, prepared: tuple[PrepareConfig, Path, str], make_config: MakeConfig, tmp_path: Path
+    ) -> None:
+        shutil.copytree(prepared[1], tmp_path / "data")
+        (tmp_path / "data" / "valid" / "shard-00000.bin").unlink()
+        with pytest.raises(UserError, match=r"valid/shard-00000\.bin: missing; .* delete .*/data first"):
+            prepare(make_config())
+
+    def test_may_have_a_split_that_is_called_like_a_shard(self, make_config: MakeConfig, tmp_path: Path) -> None:
+        prepare(make_config(splits={"shard-a": 0.2}))
+        assert list(verify(tmp_path / "data")) == []
 
     def test_holds_nothing_of_an_attempt_that_was_given_up(self, make_config: MakeConfig, tmp_path: Path) -> None:
         """Who reads all shard-* of a directory, as Megatron's users do, would read those too."""
@@ -428,9 +467,9 @@ class TestBadInput:
         (tmp_path / "a.txt").write_text("")
         source = {"type": "text", "path": str(tmp_path / "a.txt")}
         with pytest.raises(UserError, match=r"content\.sources: no document with text .* train a tokenizer on"):
-            prepare(make_config(sources=[source], tokenizer={"train": {"vocab_size": 330}}))
+            prepare(make_config(sources=[source], splits={}, tokenizer={"train": {"vocab_size": 330}}))
         with pytest.raises(UserError, match=r"content\.sources: no document with text \(dropped: 1 empty\)"):
-            prepare(make_config("other", sources=[source]))
+            prepare(make_config("other", sources=[source], splits={}))
 
     def test_a_document_that_is_not_utf8_is_named_and_can_be_skipped(
         self, make_config: MakeConfig, corpus: Path, tmp_path: Path
@@ -450,13 +489,21 @@ class TestBadInput:
         with pytest.raises(UserError, match=r"vocab_size: 50000 is more than .* largest possible is \d+"):
             prepare(make_config(tokenizer={"train": {"vocab_size": 50000}}))
 
-    def test_a_split_without_documents(self, make_config: MakeConfig) -> None:
+    def test_a_split_without_documents(self, make_config: MakeConfig, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"content\.splits: none of the 60 documents falls into 'tiny'"):
             prepare(make_config(splits={"tiny": 1e-9}))
+        assert not (tmp_path / "data").exists(), "of files it is known before anything is made"
+        lines = tmp_path / "a.jsonl"
+        lines.write_text('{"text": "one"}\n{"text": "two"}\n')
+        sources = [{"type": "jsonl", "path": str(lines)}]
+        with pytest.raises(UserError, match=r"none of the 2 documents falls into 'tiny'.* deleting .*data$"):
+            prepare(make_config(sources=sources, splits={"tiny": 1e-9}))
 
     def test_a_missing_tokenizer(self, make_config: MakeConfig, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"content\.tokenizer\.path: .*no such file"):
             prepare(make_config(tokenizer={"path": str(tmp_path / "none.model")}))
+        with pytest.raises(UserError, match=r"content\.tokenizer\.path: .*cannot be read: Is a directory"):
+            prepare(make_config(tokenizer={"path": str(tmp_path)}))
 
     def test_an_output_that_holds_other_files(self, make_config: MakeConfig, tmp_path: Path) -> None:
         (tmp_path / "data").mkdir()

@@ -1,5 +1,6 @@
 """The format on disk, read by a reader written from Megatron's description, and the memory-mapped dataset."""
 
+import errno
 import itertools
 import json
 import struct
@@ -119,6 +120,18 @@ def test_open_refuses_what_is_not_there(make_dataset: Any, tmp_path: Path) -> No
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001\.bin: missing"):
         TokenDataset.open(folder, "train")
+
+
+def test_open_says_what_cannot_be_read(make_dataset: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_dataset([[5]])
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    for target in ("pipeline.shards.hash_file", "pathlib.Path.read_bytes"):
+        monkeypatch.setattr(target, refuse)
+        with pytest.raises(UserError, match=r"(tokenizer\.model|manifest\.json): cannot be read: Permission denied"):
+            TokenDataset.open(folder, "train")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,8 @@ from pipeline.config import Content, PrepareConfig
 from pipeline.encode import survey_files
 from pipeline.errors import UserError
 from pipeline.locations import SourceFile
-from pipeline.prepare import prepare
+from pipeline.output_directory import Log
+from pipeline.prepare import LOG, prepare
 from pipeline.shards import MANIFEST
 from pipeline.sources import Survey, list_files
 
@@ -87,3 +88,26 @@ def test_a_source_that_changes_while_it_is_read(
         prepare(config)
     monkeypatch.setattr(encode, "read_ledger", read_ledger)
     prepare(config)
+
+
+def test_a_function_that_changes_while_it_is_used(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash in the manifest is that of what made the text."""
+    hooks = tmp_path / "hooks_that_change.py"
+    hooks.write_text("def keep(document_id, text):\n    open(__file__, 'a').write('# changed\\n')\n    return text\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("pipeline.prepare.ray_cluster", lambda execution: nullcontext(1))
+    monkeypatch.setattr("pipeline.prepare.run_tasks", lambda function, jobs, *_: (function(*job) for job in jobs))
+    with pytest.raises(UserError, match=r"content\.clean\.function_sha256: was "):
+        prepare(make_config(clean={"function": "hooks_that_change:keep"}))
+    assert not (tmp_path / "data" / MANIFEST).exists()
+
+
+def test_the_log_holds_no_password(tmp_path: Path) -> None:
+    with suppress(UserError), Log(tmp_path / LOG) as say:
+        say("scan: https://me:secret@host/a.jsonl")
+        raise UserError("https://host/a.jsonl?token=secret: cannot be read")
+    logged = (tmp_path / LOG).read_text()
+    assert logged.count("***") == 2
+    assert "secret" not in logged

