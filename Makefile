@@ -28,7 +28,7 @@ endef
 LINT := "ruff check ." "ruff format --check ." "mypy"
 
 test: venv
-	$(call run_all,$(LINT) "pytest -n 2 --dist loadfile")
+	$(call run_all,$(LINT) "pytest -n 2 --dist loadfile --no-loadscope-reorder")
 
 lint: venv
 	$(call run_all,$(LINT))
