@@ -19,7 +19,7 @@ from launch.bad_steps import describe_ranges
 from launch.datasets_used import dataset_entity, folder_names, keep_cards
 from launch.records import batches, last_record
 from launch.run_directory import RunDirectory
-from pipeline.atomic import write_json
+from pipeline.atomic import read_json, write_json
 from pipeline.errors import UserError, run_command
 
 BATCH = 1000
@@ -55,8 +55,10 @@ class Sender:
         self._last_attempt = last_attempt
         self._facts: dict[str, Any] = json.loads(directory.facts.read_text())
         self._state: dict[str, Any] = {"uri": self._facts["uri"], "offset": 0, "attempt": -1, "system": {}}
-        if directory.tracking.exists():
-            self._state |= json.loads(directory.tracking.read_text())
+        saved = read_json(directory.tracking) or {}
+        # Another store, or the run's directory has moved and its own with it: all is sent that it does not have.
+        if saved.get("uri") == self._facts["uri"]:
+            self._state |= saved
         mlflow.set_tracking_uri(self._state["uri"])
         self._client = mlflow.MlflowClient()
         self._stored: dict[str, int] | None = None

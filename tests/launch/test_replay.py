@@ -125,15 +125,38 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert not Path("mlruns").exists()
 
 
-def test_runs_that_share_a_file_keep_their_artifacts_beside_it(config: RunConfig, tmp_path: Path) -> None:
-    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "enabled": False})
+def with_store(config: RunConfig, run_dir: Path, store: Path) -> RunConfig:
+    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{store}", "enabled": False})
+    run = config.run.model_copy(update={"dir": run_dir})
+    return config.model_copy(update={"run": run, "tracking": tracking})
+
+
+def test_runs_that_share_a_file_keep_their_artifacts_beside_it_and_it_can_be_moved(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    store, moved = tmp_path / "mlflow.db", tmp_path / "moved.db"
     for name in ("first", "second"):
-        run = config.run.model_copy(update={"dir": tmp_path / name})
-        shared = config.model_copy(update={"run": run, "tracking": tracking})
-        Tracker(open_directory(shared), shared, attempt=0).close("FINISHED")
-        Sender(RunDirectory(run.dir)).send_new()
+        shared = with_store(config, tmp_path / name, store)
+        directory = open_directory(shared)
+        tracker = Tracker(directory, shared, attempt=0)
+        tracker.log(1, {"train/loss": 4.0})
+        tracker.close("FINISHED")
+        directory.close()
+        Sender(directory).send_new()
     sent = {path.read_text() for path in (tmp_path / "artifacts").rglob("config.yaml")}
     assert sent == {(tmp_path / name / "config.yaml").read_text() for name in ("first", "second")}
+
+    before = json.loads(directory.tracking.read_text())["run_id"]
+    store.rename(moved)
+    shared = with_store(config, tmp_path / "second", moved)
+    tracker = Tracker(open_directory(shared), shared, attempt=1)
+    assert tracker.run_id is None, "whether the other store has the run is not known yet"
+    tracker.log(2, {"train/loss": 3.0})
+    tracker.close("FINISHED")
+    Sender(directory).send_new()
+    assert tracker.run_id == before
+    assert history(directory, "train/loss") == [(1, 4.0), (2, 3.0)]
+    assert not store.exists()
 
 
 def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:
