@@ -102,10 +102,13 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert last_attempt(directory.metrics) == 0
     tracker = Tracker(directory, quiet(config), attempt=1)
     for step in range(4, 9):
-        tracker.log(step, {"train/loss": 20.0 - step})
+        tracker.log(step, {"train/loss": 20.0 - step, "train/tokens": 512.0 * step})
     tracker.close("FINISHED")
+    with open(directory.metrics, "a") as file:
+        file.write('{"time": 1, "attempt": 2, "sta')  # the next attempt begins to write
     sender = Sender(directory)
     sender.send_new()
+    assert list((directory.path / "artifacts").rglob("figures/loss.png"))
     assert history(directory, "train/loss") == [
         (1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 5.0), (6, 14.0), (7, 13.0), (8, 12.0),
     ]  # fmt: skip
