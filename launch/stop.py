@@ -3,12 +3,22 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
 STOP_FILE = "STOP"
+
+
+def forget_earlier(run_dir: Path) -> None:
+    """Remove a STOP file that is older than this process: it was meant for an earlier start."""
+    file = run_dir / STOP_FILE
+    with suppress(FileNotFoundError):
+        # The kernel tells when a process began to a second that has begun already.
+        if file.stat().st_mtime < psutil.Process().create_time() + 1:
+            file.unlink()
 
 
 class StopRequest:
