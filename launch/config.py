@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -195,7 +196,7 @@ class OptimizerSection(StrictModel):
 
     lr: PositiveFloat = Field(default=7e-4, description="peak learning rate")
     betas: tuple[DecayRate, DecayRate] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
-    eps: PositiveFloat = 1e-6
+    eps: PositiveFloat = Field(default=1e-6, description="added to the root of the second moment")
     weight_decay: float = Field(
         default=0.01, ge=0, description="applied to matrices only: never to scales, offsets or biases"
     )
@@ -283,6 +284,7 @@ class RunConfig(StrictModel):
         if train.precision == "bf16" and train.zero_stage == 0:
             problems.append("train.zero_stage: DeepSpeed supports stage 0 in fp32 only; use stage 1 with bf16")
         problems += self._memory_problems()
+        problems += self._store_problems()
         if (schedule.kind == "wsd") != (schedule.decay_tokens is not None):
             problems.append("schedule.decay_tokens: required with schedule.kind: wsd, and with no other kind")
         planned = self.steps * train.tokens_per_step
@@ -322,6 +324,16 @@ class RunConfig(StrictModel):
                 "when they are used; take 3, or offload: optimizer"
             )
         return found
+
+    def _store_problems(self) -> list[str]:
+        folder = str(self.run.dir.absolute())
+        own = self.tracking.enabled and self.tracking.uri is None
+        if not own or ("?" not in folder and unquote(folder) == folder):
+            return []
+        return [
+            f"run.dir: {folder}: MLflow's sqlite file cannot lie there, since ? and %XX in its address mean something "
+            "else; choose another name, or a store by tracking.uri"
+        ]
 
     def _retention_problems(self) -> list[str]:
         best, saving, scoring = self.checkpoint.keep_best, self.checkpoint.every_tokens, self.evaluate.every_tokens

@@ -140,6 +140,11 @@ def test_passwords_are_refused_and_not_shown(write_config: WriteConfig) -> None:
         ("tracking.uri=127.0.0.1:5000", "tracking.uri (command line): no address of an MLflow store: take http://"),
         ("tracking.uri=./mlruns", "no address of an MLflow store"),
         ("tracking.uri=sqlite://mlflow.db", "no address of an MLflow store"),
+        ("tracking.uri=sqlite:///", "no address of an MLflow store"),
+        ("tracking.experiment=''", "tracking.experiment (command line): String should have at least 1 character"),
+        ("run.dir=runs/why?", "runs/why?: MLflow's sqlite file cannot lie there"),
+        ("run.dir=runs/5%41", "runs/5%41: MLflow's sqlite file cannot lie there"),
+        ("deepspeed.zero_optimization.sub_group_size=.inf", "sub_group_size: inf is not a whole number"),
         ("tracking.uri=htp://me:s3cret@host", "no address of an MLflow store: take http://HOST:PORT or sqlite:////"),
     ],
 )
