@@ -119,7 +119,7 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
     resume_from, back = _choose_start(config, directory, training, processes)
     tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
     origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
-    stop = StopRequest(config.run.dir, config.run.max_hours)
+    stop = StopRequest(config.run.dir, config.run.max_hours, launched=processes.launched)
     for line in first_lines(config, training, processes):
         say(line)
     with memory_errors_explained(config, processes, snapshot=profiler.snapshot):

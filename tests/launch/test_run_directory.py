@@ -1,10 +1,11 @@
-"""A run's directory: who may have it, and for whom a STOP file in it is."""
+"""A run's directory: who may have it, for whom a STOP file in it is, and when a run stops by itself."""
 
 import errno
 import fcntl
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ def config(write_config: Callable[..., Path], tmp_path: Path) -> RunConfig:
     return load_run_config(write_config(run={"dir": str(tmp_path / "run")}))
 
 
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signals are handled as before after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("age", "meant"), [(0, True), (3600, False)])
 def test_a_stop_file_made_while_the_run_starts_stops_it(config: RunConfig, age: float, meant: bool) -> None:
     """Between the start of the processes and the opening of the directory lie imports and compilation: minutes."""
@@ -61,3 +72,13 @@ def test_a_file_system_without_locks_is_named(config: RunConfig, monkeypatch: py
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(UserError, match=r"run\.dir: .*run: its file system has no locks.*not implemented"):
         RunDirectory(config.run.dir).open(config, {})
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("launched", "reason"), [(True, "the launcher is gone"), (False, None)])
+def test_a_run_outlives_the_shell_that_started_it_and_no_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, launched: bool, reason: str | None
+) -> None:
+    stop = StopRequest(tmp_path, launched=launched)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert stop.reason == reason
