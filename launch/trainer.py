@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flash_model.config import flops_per_token
+from launch.agreement import check_same, check_shared
 from launch.backup import Backup, check_place
 from launch.bad_steps import History, bad_step_record, find_fault, over_budget_message
 from launch.checkpoint import (
@@ -115,6 +116,7 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
     directory = RunDirectory(config.run.dir)
     training, validation = datasets
     accumulation = accumulation_steps(config, processes.world_size)
+    check_same(config, training, validation, processes)
     processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
     resume_from, back = _choose_start(config, directory, training, processes)
     tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
@@ -128,6 +130,7 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
             take_mock_step(config, engine, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
+    check_shared(directory.path, processes)
     processes.once(lambda: directory.open(config, facts))
     processes.once(lambda: carry_out(directory, back))
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
