@@ -353,7 +353,7 @@ class RunConfig(StrictModel):
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> RunConfig:
     """Read a run's YAML file with its bases and `key=value` overrides; `resume` stands for `--resume`.
 
-    Raises `UserError` with all problems at once. Paths are made absolute against the working directory.
+    Raises `UserError` with all problems at once. Paths are made absolute against the working directory; ~ is the home.
     """
     config = load_config(RunConfig, path, [*overrides, *(["run.resume=must"] if resume else [])])
     return _with_absolute_paths(config)
@@ -363,15 +363,15 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     data, copy_to = config.data, config.checkpoint.copy_to
     paths: dict[str, Any] = {"validation": {name: _absolute(ref) for name, ref in data.validation.items()}}
     if data.mixture is None:
-        paths["path"] = data.components[0].path.absolute()
+        paths["path"] = _from_home(data.components[0].path)
     else:
         paths["mixture"] = tuple(map(_absolute, data.mixture))
     return config.model_copy(
         update={
             "run": config.run.model_copy(
                 update={
-                    "dir": config.run.dir.absolute(),
-                    "init_from": config.run.init_from and config.run.init_from.absolute(),
+                    "dir": _from_home(config.run.dir),
+                    "init_from": config.run.init_from and _from_home(config.run.init_from),
                 }
             ),
             "data": data.model_copy(update=paths),
@@ -390,7 +390,12 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _absolute(ref: Any) -> Any:
-    return ref.model_copy(update={"path": ref.path.absolute()})
+    return ref.model_copy(update={"path": _from_home(ref.path)})
+
+
+def _from_home(path: Path) -> Path:
+    """An absolute path; a shell leaves the ~ of `run.dir=~/runs` as it is."""
+    return path.expanduser().absolute()
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

@@ -115,5 +115,5 @@ class TrackingSection(StrictModel):
         if scheme.partition("+")[0] not in TRACKING_SCHEMES or no_file:
             raise ValueError("no address of an MLflow store: take http://HOST:PORT or sqlite:////PATH/mlflow.db")
         if scheme == "sqlite":
-            return f"sqlite:///{Path(rest.removeprefix('///')).absolute()}"
+            return f"sqlite:///{Path(rest.removeprefix('///')).expanduser().absolute()}"
         return uri

@@ -155,12 +155,18 @@ def test_values_that_would_fail_later(write_config: WriteConfig, override: str, 
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_store_does_not_depend_on_the_working_directory(
+def test_paths_do_not_depend_on_the_working_directory(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = write_config().absolute()
     monkeypatch.chdir(tmp_path)
     assert load_run_config(path, ["tracking.uri=sqlite:///m.db"]).tracking.uri == f"sqlite:///{tmp_path / 'm.db'}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["tracking.uri=sqlite:///~/m.db", "run.dir=~/run", "run.init_from=~/old", "data.path=~/data"]
+    config = load_run_config(path, [*paths, "data.validation.valid.path=~/valid"])
+    assert config.tracking.uri == f"sqlite:///{tmp_path / 'm.db'}"
+    found = (config.run.dir, config.run.init_from, config.data.path, config.data.validation["valid"].path)
+    assert found == tuple(tmp_path / name for name in ("run", "old", "data", "valid"))
     for uri in ("sqlite:////data/m.db", "http://host:5000", "postgresql+psycopg://host/mlflow", "databricks"):
         assert load_run_config(path, [f"tracking.uri={uri}"]).tracking.uri == uri
 
