@@ -319,15 +319,17 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
         if tracker and (message := tracker.close(outcome)):
             say(message)
 
-    def give_up() -> bool:
+    def copying(goes_on: bool) -> tuple[int, int]:
         enter("wait")  # however long it takes: the copies see for themselves whether something moves
-        return stop.reason is not None
+        going_on, told_to_stop = processes.total(goes_on, stop.reason is not None)
+        return going_on, told_to_stop
 
-    if backup and (message := backup.close(hurry=status == STOPPED, give_up=give_up)):
+    # Only the first process copies. The others stay: half a minute after one has left, launchers kill the rest, SLURM's
+    # even after a status of 0.
+    if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: copying(True)[1] > 0)):
         say(message)
-    if status != FINISHED:
-        # Half a minute after one process has left with such a status, launchers kill the others.
-        processes.barrier()
+    while copying(False)[0]:
+        pass
     directory.close()
     return status
 
