@@ -54,10 +54,11 @@ class Sender:
         self._directory = directory
         self._last_attempt = last_attempt
         self._facts: dict[str, Any] = json.loads(directory.facts.read_text())
-        self._state: dict[str, Any] = {"uri": self._facts["uri"], "offset": 0, "attempt": -1, "system": {}}
+        place = {key: self._facts[key] for key in ("uri", "experiment")}
+        self._state: dict[str, Any] = {**place, "offset": 0, "attempt": -1, "system": {}}
         saved = read_json(directory.tracking) or {}
-        # Another store, or the run's directory has moved and its own with it: all is sent that it does not have.
-        if saved.get("uri") == self._facts["uri"]:
+        # Another place, or the run's directory has moved and its own store with it: all is sent that is not there.
+        if place == {key: saved.get(key, place[key]) for key in place}:
             self._state |= saved
         mlflow.set_tracking_uri(self._state["uri"])
         self._client = mlflow.MlflowClient()

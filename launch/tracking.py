@@ -35,7 +35,8 @@ class Tracker:
         self._directory = directory
         self._attempt = attempt
         self._close_seconds = config.tracking.close_seconds
-        self._uri, self._rollbacks = config.mlflow_store, len(list_rollbacks(directory))
+        self._place = {"uri": config.mlflow_store, "experiment": config.tracking.experiment}
+        self._rollbacks = len(list_rollbacks(directory))
         drop_torn_line(directory.metrics)
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
         self._sender: subprocess.Popen[bytes] | None = None
@@ -97,8 +98,8 @@ class Tracker:
             state = read_json(self._directory.tracking) or {}
         except (OSError, json.JSONDecodeError):
             return None
-        of_this_run = state.get("uri") == self._uri and state.get("rollbacks", 0) == self._rollbacks
-        run_id: str | None = state.get("run_id") if of_this_run else None
+        here = self._place == {key: state.get(key, self._place[key]) for key in self._place}
+        run_id: str | None = state.get("run_id") if here and state.get("rollbacks", 0) == self._rollbacks else None
         return run_id
 
     def _write(self, record: dict[str, Any]) -> None:

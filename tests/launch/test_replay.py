@@ -161,6 +161,11 @@ def test_runs_that_share_a_file_keep_their_artifacts_beside_it_and_it_can_be_mov
     assert history(directory, "train/loss") == [(1, 4.0), (2, 3.0)]
     assert not store.exists()
 
+    directory.facts.write_text(directory.facts.read_text().replace(config.tracking.experiment, "another"))
+    Sender(directory).send_new()
+    assert json.loads(directory.tracking.read_text())["run_id"] != before
+    assert history(directory, "train/loss") == [(1, 4.0), (2, 3.0)]
+
 
 def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:
     directory.system.mkdir()
