@@ -1,7 +1,8 @@
 """Training on a Ray cluster: `python -m launch.by_ray [--nodes N] [--processes-per-node P] CONFIG [key=value …]`.
 
 Meant for `ray job submit`. Every node gets its processes of launch/train.py; nodes need the same checkout, environment
-and file system. SIGTERM, SIGINT and SIGUSR1 are passed on to all processes, which save and end. Exit status: the run's.
+and file system, where relative paths start from this command's working directory. SIGTERM, SIGINT and SIGUSR1 are
+passed on to all processes, which save and end. Exit status: the run's.
 """
 
 import argparse
@@ -45,15 +46,16 @@ class NodeProcesses:
 
         return ray.util.get_node_ip_address(), free_port()
 
-    def run(self, environments: Sequence[dict[str, str]], arguments: Sequence[str]) -> list[int]:
-        """Run one process for each environment to its end; their exit statuses, 128 + the signal that ended one.
+    def run(self, environments: Sequence[dict[str, str]], arguments: Sequence[str], folder: str) -> list[int]:
+        """Run one process for each environment, in `folder`, to its end; their exit statuses, 128 + the signal that
+        ended one.
 
         What `end` killed has none.
         """
         command = [sys.executable, str(ROOT / "launch/train.py"), *arguments]
         with self._lock:
             for environment in environments if self._ended is None else ():
-                self._processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | environment))
+                self._processes.append(subprocess.Popen(command, cwd=folder, env=os.environ | environment))
             for number in self._signals:
                 self._send(number)
         failed_at = None
@@ -170,7 +172,7 @@ def run(arguments: Sequence[str], nodes: int | None, processes: int | None) -> i
                 {**common, "RANK": str(number * processes + local), "LOCAL_RANK": str(local)}
                 for local in range(processes)
             ]
-            running[member.run.remote(own, list(arguments))] = number
+            running[member.run.remote(own, list(arguments), os.getcwd())] = number
         return _wait(running, members, signals)
     finally:
         remove_placement_group(group)
@@ -193,8 +195,7 @@ def _wait(running: dict[Any, int], members: Sequence[Any], signals: _Signals) ->
             try:
                 statuses += ray.get(result)
             except ray.exceptions.RayError as error:
-                reason = str(error).strip().partition("\n")[0]
-                print(f"error: node {running[result]} of the run is lost: {reason}", file=sys.stderr, flush=True)
+                print(f"error: node {running[result]} of the run {_reason(error)}", file=sys.stderr, flush=True)
                 statuses.append(1)
                 for member in members:
                     member.signal.remote(signal.SIGTERM)
@@ -210,6 +211,13 @@ def _wait(running: dict[Any, int], members: Sequence[Any], signals: _Signals) ->
     return next((status for status in (*odd, *_STATUSES) if status in statuses), 0)
 
 
+def _reason(error: Any) -> str:
+    """Why a node has no statuses: its actor is gone, or could not start the processes."""
+    if cause := getattr(error, "cause", None):
+        return f"failed: {type(cause).__name__}: {cause}"
+    return f"is lost: {str(error).strip().partition(chr(10))[0]}"
+
+
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.by_ray", description=__doc__)
@@ -218,10 +226,15 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     parser.add_argument("--resume", action="store_true", help="continue the run; the same as run.resume=must")
+    parser.add_argument("--rollback", action="store_true", help="continue it from before its bad steps")
     arguments = parser.parse_intermixed_args()
+    for option, given in (("--nodes", arguments.nodes), ("--processes-per-node", arguments.processes_per_node)):
+        if given is not None and given < 1:
+            raise UserError(f"{option}: {given}: give at least 1, or leave it out")
     load_run_config(arguments.config, arguments.overrides, resume=arguments.resume)
     connect()
-    passed = [str(Path(arguments.config).resolve()), *arguments.overrides, *["--resume"] * arguments.resume]
+    options = [f"--{name}" for name in ("resume", "rollback") if getattr(arguments, name)]
+    passed = [str(Path(arguments.config).resolve()), *arguments.overrides, *options]
     return run(passed, arguments.nodes, arguments.processes_per_node)
 
 

@@ -29,6 +29,8 @@ from pipeline.batches import DataState
 from pipeline.errors import UserError
 
 FORMAT_VERSION = 2
+HYPERPARAMETERS = ("betas", "eps", "weight_decay")
+"""Of AdamW, beside the learning rate, which every step sets."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,17 @@ def load_checkpoint(checkpoint: Path, manifest: dict[str, Any], engine: Any, pro
 
     Where parameters lie as they lay, DeepSpeed loads its own files and random number generators go on too: what follows
     is bit for bit what would have followed. Elsewhere every process takes its parts of the records (conversion.py).
+    Decay rates and weight decay are those that the engine was built with, here as there.
     """
     world_size = processes.world_size
     if (manifest["world_size"], manifest["layout"]) == (world_size, parameter_layout(engine)):
+        built_with = [{key: group[key] for key in HYPERPARAMETERS} for group in engine.optimizer.param_groups]
         loaded, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
         if loaded is None:
             raise RuntimeError(f"DeepSpeed found nothing to load in {checkpoint}")
+        # The files have those of the run that wrote them too, and torch takes them from there.
+        for group, settings in zip(engine.optimizer.param_groups, built_with, strict=True):
+            group |= settings
         states = torch.load(checkpoint / "rng" / f"rank-{processes.rank}.pt", weights_only=False)
         _restore_random_states(states)
     else:

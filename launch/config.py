@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import unquote
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -195,7 +196,7 @@ class OptimizerSection(StrictModel):
 
     lr: PositiveFloat = Field(default=7e-4, description="peak learning rate")
     betas: tuple[DecayRate, DecayRate] = Field(default=(0.9, 0.999), description="decay rates of the two moments")
-    eps: PositiveFloat = 1e-6
+    eps: PositiveFloat = Field(default=1e-6, description="added to the root of the second moment")
     weight_decay: float = Field(
         default=0.01, ge=0, description="applied to matrices only: never to scales, offsets or biases"
     )
@@ -283,6 +284,7 @@ class RunConfig(StrictModel):
         if train.precision == "bf16" and train.zero_stage == 0:
             problems.append("train.zero_stage: DeepSpeed supports stage 0 in fp32 only; use stage 1 with bf16")
         problems += self._memory_problems()
+        problems += self._store_problems()
         if (schedule.kind == "wsd") != (schedule.decay_tokens is not None):
             problems.append("schedule.decay_tokens: required with schedule.kind: wsd, and with no other kind")
         planned = self.steps * train.tokens_per_step
@@ -323,6 +325,16 @@ class RunConfig(StrictModel):
             )
         return found
 
+    def _store_problems(self) -> list[str]:
+        folder = str(self.run.dir.absolute())
+        own = self.tracking.enabled and self.tracking.uri is None
+        if not own or ("?" not in folder and unquote(folder) == folder):
+            return []
+        return [
+            f"run.dir: {folder}: MLflow's sqlite file cannot lie there, since ? and %XX in its address mean something "
+            "else; choose another name, or a store by tracking.uri"
+        ]
+
     def _retention_problems(self) -> list[str]:
         best, saving, scoring = self.checkpoint.keep_best, self.checkpoint.every_tokens, self.evaluate.every_tokens
         if best is None:
@@ -341,7 +353,7 @@ class RunConfig(StrictModel):
 def load_run_config(path: str | Path, overrides: Sequence[str] = (), *, resume: bool = False) -> RunConfig:
     """Read a run's YAML file with its bases and `key=value` overrides; `resume` stands for `--resume`.
 
-    Raises `UserError` with all problems at once. Paths are made absolute against the working directory.
+    Raises `UserError` with all problems at once. Paths are made absolute against the working directory; ~ is the home.
     """
     config = load_config(RunConfig, path, [*overrides, *(["run.resume=must"] if resume else [])])
     return _with_absolute_paths(config)
@@ -351,15 +363,15 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
     data, copy_to = config.data, config.checkpoint.copy_to
     paths: dict[str, Any] = {"validation": {name: _absolute(ref) for name, ref in data.validation.items()}}
     if data.mixture is None:
-        paths["path"] = data.components[0].path.absolute()
+        paths["path"] = _from_home(data.components[0].path)
     else:
         paths["mixture"] = tuple(map(_absolute, data.mixture))
     return config.model_copy(
         update={
             "run": config.run.model_copy(
                 update={
-                    "dir": config.run.dir.absolute(),
-                    "init_from": config.run.init_from and config.run.init_from.absolute(),
+                    "dir": _from_home(config.run.dir),
+                    "init_from": config.run.init_from and _from_home(config.run.init_from),
                 }
             ),
             "data": data.model_copy(update=paths),
@@ -378,7 +390,12 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _absolute(ref: Any) -> Any:
-    return ref.model_copy(update={"path": ref.path.absolute()})
+    return ref.model_copy(update={"path": _from_home(ref.path)})
+
+
+def _from_home(path: Path) -> Path:
+    """An absolute path; a shell leaves the ~ of `run.dir=~/runs` as it is."""
+    return path.expanduser().absolute()
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

@@ -5,6 +5,7 @@ devices are in use already: all are checked here, from a table, without importin
 """
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +58,8 @@ def _is_a(value: Any, kind: type) -> bool:
     if value is None or kind is ANY:
         return True
     if kind in (int, float):
-        whole = kind is float or (isinstance(value, int | float) and value == int(value))
-        return isinstance(value, int | float) and not isinstance(value, bool) and whole
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return number and (kind is float or value == int(value))
     return isinstance(value, kind)
 
 

@@ -31,6 +31,8 @@ class Processes:
     device: torch.device
     control: Any
     """A gloo group for small decisions on the CPU: it neither waits for the GPU nor makes the GPU wait."""
+    launched: bool = True
+    """Whether a launcher started them, which they are not to outlive."""
 
     def total(self, *values: int) -> list[int]:
         """Sums of `values` over all processes."""
@@ -118,7 +120,8 @@ def start_processes() -> Processes:
 
     Raises `UserError` in the first process if the port where they are to meet is taken.
     """
-    if "RANK" not in os.environ:
+    launched = "RANK" in os.environ
+    if not launched:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     gpu = torch.cuda.is_available()
@@ -146,7 +149,7 @@ def start_processes() -> Processes:
             "another (deepspeed --master_port N …)"
         ) from error
     control = dist.new_group(backend="gloo") if gpu else dist.group.WORLD
-    return Processes(dist.get_rank(), dist.get_world_size(), device, control)
+    return Processes(dist.get_rank(), dist.get_world_size(), device, control, launched)
 
 
 def _import_deepspeed() -> Any:

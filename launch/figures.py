@@ -1,20 +1,19 @@
 """Figures of a run, drawn from its metrics.jsonl."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from launch.records import whole_records
 
 
 def loss_curves(metrics: Path) -> Any | None:
     """Training and validation loss over tokens as a matplotlib figure; None before anything was logged."""
     series: dict[str, dict[int, tuple[float, float]]] = {}
-    with open(metrics, encoding="utf-8") as file:
-        for line in file:
-            record = json.loads(line)
-            values = record.get("metrics", {})
-            for name, value in values.items():
-                if name.endswith("/loss") and "train/tokens" in values:
-                    series.setdefault(name, {})[record["step"]] = (values["train/tokens"], value)
+    for record in whole_records(metrics):
+        values = record.get("metrics", {})
+        for name, value in values.items():
+            if name.endswith("/loss") and "train/tokens" in values:
+                series.setdefault(name, {})[record["step"]] = (values["train/tokens"], value)
     if not series:
         return None
     from matplotlib.figure import Figure

@@ -93,7 +93,7 @@ class TrackingSection(StrictModel):
         "sqlite:////PATH/mlflow.db a file that several runs can share, their artifacts beside it. A server's password "
         "or token is given by MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or MLFLOW_TRACKING_TOKEN",
     )
-    experiment: str = Field(default="flash-pretrain", description="MLflow experiment")
+    experiment: str = Field(default="flash-pretrain", min_length=1, description="MLflow experiment")
     system_metrics_seconds: PositiveFloat | None = Field(
         default=10,
         description="interval at which each node's CPU, memory, disk, network and GPUs are sampled; null: they are not",
@@ -111,8 +111,9 @@ class TrackingSection(StrictModel):
         if uri is None:
             return None
         scheme, _, rest = uri.partition(":")
-        if scheme.partition("+")[0] not in TRACKING_SCHEMES or (scheme == "sqlite" and not rest.startswith("///")):
+        no_file = scheme == "sqlite" and (not rest.startswith("///") or rest == "///")
+        if scheme.partition("+")[0] not in TRACKING_SCHEMES or no_file:
             raise ValueError("no address of an MLflow store: take http://HOST:PORT or sqlite:////PATH/mlflow.db")
         if scheme == "sqlite":
-            return f"sqlite:///{Path(rest.removeprefix('///')).absolute()}"
+            return f"sqlite:///{Path(rest.removeprefix('///')).expanduser().absolute()}"
         return uri

@@ -48,6 +48,14 @@ def _last_newline(file: Any, end: int) -> int:
     return -1
 
 
+def whole_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, in order."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
 def batches(path: Path, offset: int, points: int) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """The whole records behind `offset` (bytes) in groups, each with the offset behind it.
 

@@ -19,7 +19,7 @@ from launch.bad_steps import describe_ranges
 from launch.datasets_used import dataset_entity, folder_names, keep_cards
 from launch.records import batches, last_record
 from launch.run_directory import RunDirectory
-from pipeline.atomic import write_json
+from pipeline.atomic import read_json, write_json
 from pipeline.errors import UserError, run_command
 
 BATCH = 1000
@@ -54,9 +54,12 @@ class Sender:
         self._directory = directory
         self._last_attempt = last_attempt
         self._facts: dict[str, Any] = json.loads(directory.facts.read_text())
-        self._state: dict[str, Any] = {"uri": self._facts["uri"], "offset": 0, "attempt": -1, "system": {}}
-        if directory.tracking.exists():
-            self._state |= json.loads(directory.tracking.read_text())
+        place = {key: self._facts[key] for key in ("uri", "experiment")}
+        self._state: dict[str, Any] = {**place, "offset": 0, "attempt": -1, "system": {}}
+        saved = read_json(directory.tracking) or {}
+        # Another place, or the run's directory has moved and its own store with it: all is sent that is not there.
+        if place == {key: saved.get(key, place[key]) for key in place}:
+            self._state |= saved
         mlflow.set_tracking_uri(self._state["uri"])
         self._client = mlflow.MlflowClient()
         self._stored: dict[str, int] | None = None

@@ -13,6 +13,7 @@ import numpy as np
 from flash_model.config import count_parameters
 from launch.config import RunConfig
 from launch.progress import duration
+from launch.records import whole_records
 from launch.run_directory import RunDirectory
 from pipeline.atomic import write_aside
 from pipeline.shards import TokenDataset
@@ -96,7 +97,7 @@ Of data: {parts}. Of training: {_training_parts(directory.metrics)}.
 def last_metrics(metrics: Path, prefix: str) -> dict[str, float]:
     """The last recorded value of each metric whose name starts with `prefix`, without it."""
     values: dict[str, float] = {}
-    for record in _records(metrics):
+    for record in whole_records(metrics):
         recorded = record.get("metrics", {})
         values |= {key.removeprefix(prefix): value for key, value in recorded.items() if key.startswith(prefix)}
     return values
@@ -142,7 +143,7 @@ def _sample(run_dir: Path) -> str:
 
 
 def _training_parts(metrics: Path) -> str:
-    records = _records(metrics)
+    records = whole_records(metrics)
     # By step: a step that a restart repeated counts once.
     steps = {record["step"]: record["metrics"]["perf/step_seconds"] for record in records if _is_step(record)}
     return f"{duration(sum(steps.values()))} in steps, the rest start-up, evaluation and saving"
@@ -150,11 +151,6 @@ def _training_parts(metrics: Path) -> str:
 
 def _is_step(record: dict[str, Any]) -> bool:
     return "perf/step_seconds" in record.get("metrics", {})
-
-
-def _records(metrics: Path) -> list[dict[str, Any]]:
-    with open(metrics, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

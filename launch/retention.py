@@ -1,5 +1,6 @@
 """Which checkpoints of a run stay, and how the others go."""
 
+import math
 import os
 import shutil
 from collections.abc import Collection
@@ -33,9 +34,10 @@ def kept(saved: Collection[Saved], rules: CheckpointSection) -> set[Path]:
             firsts.setdefault(checkpoint.step // rules.keep_every_steps, checkpoint.path)
         firsts.pop(0, None)
         stay |= set(firsts.values())
-    scored = [checkpoint for checkpoint in in_order if f"{rules.keep_best}/loss" in checkpoint.scores]
+    losses = {c.path: c.scores.get(f"{rules.keep_best}/loss", math.nan) for c in in_order}
+    scored = [path for path, loss in losses.items() if not math.isnan(loss)]
     if scored:
-        stay.add(min(scored, key=lambda checkpoint: checkpoint.scores[f"{rules.keep_best}/loss"]).path)
+        stay.add(min(scored, key=lambda path: losses[path]))
     return stay
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from launch.config import RunConfig
 from launch.retention import remove_leftovers
-from launch.stop import STOP_FILE
+from launch.stop import forget_earlier
 from pipeline.atomic import write_aside, write_json
 from pipeline.errors import UserError
 
@@ -36,11 +36,21 @@ class RunDirectory:
         self.over_budget = path / "OVER_BUDGET"
         self.rollbacks = path / "rollbacks.json"
         self._lock: IO[str] | None = None
+        self._checked = False
+        self._opened_before: int | None = None
 
     @property
     def exists(self) -> bool:
         """Whether a run was started here."""
         return self.config.exists()
+
+    @property
+    def opened(self) -> int | None:
+        """When a trainer last opened the directory, in nanoseconds: all write the config then. None: none has."""
+        try:
+            return self.config.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     @property
     def uid(self) -> str:
@@ -49,6 +59,7 @@ class RunDirectory:
 
     def check(self, resume: str) -> None:
         """Raise `UserError` if the state on disk does not allow `resume` (never, auto, must)."""
+        self._checked, self._opened_before = True, self.opened
         if self.exists and resume == "never":
             raise UserError(f"run.dir: {self.path} already holds a run; add --resume to continue it, or choose another")
         if resume == "must" and not self.exists:
@@ -65,7 +76,10 @@ class RunDirectory:
         return UserError(f"run.dir: {self.path} is in use by another trainer; wait for it or choose another")
 
     def open(self, config: RunConfig, facts: dict[str, Any]) -> None:
-        """Create the directory, lock it against a second trainer, write the resolved config (first process only)."""
+        """Create the directory, lock it against a second trainer, write the resolved config (first process only).
+
+        Raises `UserError` if that cannot be, or another trainer has had the directory since it was checked.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")  # noqa: SIM115 (held until close)
@@ -77,9 +91,19 @@ class RunDirectory:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise self._occupied() from error
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path}: its file system has no locks, which keep a second trainer out: "
+                f"{error.strerror}; mount it with them (Lustre: -o flock), or choose another directory"
+            ) from error
+        if self._checked and self.opened != self._opened_before:
+            raise UserError(
+                f"run.dir: another trainer has had {self.path} while this one was starting; start again, with --resume "
+                "to continue what it did"
+            )
         # Half a checkpoint that filled the disk would leave no room to start in.
         remove_leftovers(self.checkpoints)
-        (self.path / STOP_FILE).unlink(missing_ok=True)
+        forget_earlier(self.path)
         self.done.unlink(missing_ok=True)
         with write_aside(self.config) as file:
             file.write(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())

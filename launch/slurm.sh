@@ -4,7 +4,8 @@
 # Every task is one process of the run; ask for as many as there are GPUs, and for the GPUs by node, so that each task
 # sees all of its node's: sbatch --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --time=24:00:00 launch/slurm.sh …
 # Two minutes before the time limit, or when the job is preempted, the run saves, and the job is queued again and goes
-# on. `touch RUN_DIR/STOP` ends it for good, with a checkpoint; its exit status is the run's (docs/design.md).
+# on; to go back before bad steps give bad_steps.rollback=true, since --rollback would then be refused. `touch
+# RUN_DIR/STOP` ends it for good, with a checkpoint; its exit status is the run's (docs/design.md).
 #SBATCH --job-name=flash
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue

@@ -65,18 +65,24 @@ class Supervisor:
                 return status or 1
 
     def _run_once(self) -> int:
-        opened_before = self._opened()
+        opened_before = self._directory.opened
         # A session of its own: Ctrl-C reaches the run through this process alone, and what is left of it is found.
-        job = subprocess.Popen(self._command, start_new_session=True)
+        try:
+            job = subprocess.Popen(self._command, start_new_session=True)
+        except OSError as error:
+            raise UserError(
+                f"{self._command[0]}: cannot be started: {error.strerror}; activate the environment that has it, or "
+                "give its whole path"
+            ) from error
         asked = False
         while job.poll() is None:
-            # Opening the directory removes a STOP file; before that, another trainer may have it. A signal instead
-            # would have to find a process of the run: they may be on other machines, and while they start, compilers
-            # that they call catch signals too.
-            if self._told and not asked and self._opened() != opened_before:
+            # Before the run has opened its directory, another trainer may have it. A signal instead would have to find
+            # a process of the run: they may be on other machines, and while they start, compilers that they call
+            # catch signals too.
+            if self._told and not asked and self._directory.opened != opened_before:
                 asked = self._ask_to_stop()
             time.sleep(POLL_SECONDS)
-        self._see_off(job.pid, opened=self._opened() != opened_before)
+        self._see_off(job.pid, opened=self._directory.opened != opened_before)
         return job.returncode if job.returncode >= 0 else 128 - job.returncode
 
     def _see_off(self, session: int, *, opened: bool) -> None:
@@ -94,12 +100,6 @@ class Supervisor:
             end = time.monotonic() + (patience or math.inf)
             while self._directory.in_use and time.monotonic() < end:
                 time.sleep(POLL_SECONDS)
-
-    def _opened(self) -> int | None:
-        """When a trainer last opened the run's directory, in nanoseconds: all write the config then."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._directory.config.stat().st_mtime_ns
-        return None
 
     def _ask_to_stop(self) -> bool:
         """Have the run stop after its next step; whether that could be asked for."""
@@ -158,7 +158,10 @@ def read_command(command: Sequence[str]) -> tuple[list[str], RunConfig]:
         )
     arguments = command[scripts[0] + 1 :]
     if refused := [word for word in arguments if word in ("--resume", "--rollback") or word.startswith("run.resume=")]:
-        raise UserError(f"{refused[0]}: leave it out; the supervisor starts and resumes the run with run.resume=auto")
+        instead = "; to go back before bad steps set bad_steps.rollback=true" if refused[0] == "--rollback" else ""
+        raise UserError(
+            f"{refused[0]}: leave it out; the supervisor starts and resumes the run with run.resume=auto{instead}"
+        )
     positional = [word for word in arguments if not word.startswith("-")]
     if not positional:
         raise UserError("no config behind launch/train.py; give the run's YAML file")

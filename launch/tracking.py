@@ -22,6 +22,7 @@ from launch.engine import Processes
 from launch.records import drop_torn_line, last_record
 from launch.rollback import list_rollbacks, unrecorded
 from launch.run_directory import RunDirectory
+from pipeline.atomic import read_json
 
 SAMPLER_SECONDS = 5.0
 PACKAGES = ("torch", "deepspeed", "triton", "numpy", "mlflow", "ray", "sentencepiece")
@@ -34,6 +35,7 @@ class Tracker:
         self._directory = directory
         self._attempt = attempt
         self._close_seconds = config.tracking.close_seconds
+        self._place = {"uri": config.mlflow_store, "experiment": config.tracking.experiment}
         self._rollbacks = len(list_rollbacks(directory))
         drop_torn_line(directory.metrics)
         self._file = open(directory.metrics, "a", encoding="utf-8")  # noqa: SIM115 (open until close)
@@ -93,10 +95,11 @@ class Tracker:
     def run_id(self) -> str | None:
         """MLflow's id of the run, once the sender has it: after a rollback that of the child run."""
         try:
-            state = json.loads(self._directory.tracking.read_text())
+            state = read_json(self._directory.tracking) or {}
         except (OSError, json.JSONDecodeError):
             return None
-        run_id: str | None = state.get("run_id") if state.get("rollbacks", 0) == self._rollbacks else None
+        here = self._place == {key: state.get(key, self._place[key]) for key in self._place}
+        run_id: str | None = state.get("run_id") if here and state.get("rollbacks", 0) == self._rollbacks else None
         return run_id
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flash_model.config import flops_per_token
+from launch.agreement import check_same, check_shared
 from launch.backup import Backup, check_place
 from launch.bad_steps import History, bad_step_record, find_fault, over_budget_message
 from launch.checkpoint import (
@@ -115,11 +116,12 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
     directory = RunDirectory(config.run.dir)
     training, validation = datasets
     accumulation = accumulation_steps(config, processes.world_size)
+    check_same(config, training, validation, processes)
     processes.once(lambda: check_place(config.checkpoint.copy_to, directory.checkpoints))
     resume_from, back = _choose_start(config, directory, training, processes)
     tokenizer_sha256 = training.components[0].dataset.tokenizer_sha256
     origin = None if resume_from else find_origin(config, tokenizer_sha256, processes)
-    stop = StopRequest(config.run.dir, config.run.max_hours)
+    stop = StopRequest(config.run.dir, config.run.max_hours, launched=processes.launched)
     for line in first_lines(config, training, processes):
         say(line)
     with memory_errors_explained(config, processes, snapshot=profiler.snapshot):
@@ -128,6 +130,7 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
             take_mock_step(config, engine, processes)
     attempt = processes.once(lambda: last_attempt(directory.metrics)) + 1
     facts = run_facts(config, _dataset_facts(training, validation), processes.world_size)
+    check_shared(directory.path, processes)
     processes.once(lambda: directory.open(config, facts))
     processes.once(lambda: carry_out(directory, back))
     uid, copy_to = processes.once(lambda: directory.uid), config.checkpoint.copy_to
@@ -316,15 +319,17 @@ def _train(config: RunConfig, datasets: Datasets, processes: Processes, watchdog
         if tracker and (message := tracker.close(outcome)):
             say(message)
 
-    def give_up() -> bool:
+    def copying(goes_on: bool) -> tuple[int, int]:
         enter("wait")  # however long it takes: the copies see for themselves whether something moves
-        return stop.reason is not None
+        going_on, told_to_stop = processes.total(goes_on, stop.reason is not None)
+        return going_on, told_to_stop
 
-    if backup and (message := backup.close(hurry=status == STOPPED, give_up=give_up)):
+    # Only the first process copies. The others stay: half a minute after one has left, launchers kill the rest, SLURM's
+    # even after a status of 0.
+    if backup and (message := backup.close(hurry=status == STOPPED, give_up=lambda: copying(True)[1] > 0)):
         say(message)
-    if status != FINISHED:
-        # Half a minute after one process has left with such a status, launchers kill the others.
-        processes.barrier()
+    while copying(False)[0]:
+        pass
     directory.close()
     return status
 

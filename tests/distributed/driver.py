@@ -3,15 +3,16 @@
 Started by the deepspeed launcher with a JSON file: a list of {"config", "overrides", "action"}. The action is
 "train" (with "stop_after": steps after which a STOP file appears, and "spoil": what goes wrong in the last process in
 the step that begins with a sample; with "out_of_memory", a rank, that process has too little for the engine, with "all"
-they have in the mock step, and the error's text goes to "message"), "gradients" (the first step's, to "output") or
-"resave" (load the only checkpoint of the run "source", save it into the folder "output").
+they have in the mock step, and the error's text goes to "message"; with "slow_copy", a file, checkpoints are copied for
+a while, and the file appears when they are), "gradients" (the first step's, to "output") or "resave" (load the only
+checkpoint of the run "source", save it into the folder "output").
 """
 
 import json
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch  # noqa: E402
 
 from launch import trainer  # noqa: E402
+from launch.backup import Backup  # noqa: E402
 from launch.checkpoint import load_checkpoint, read_manifest  # noqa: E402
 from launch.config import RunConfig, accumulation_steps, load_run_config  # noqa: E402
 from launch.engine import Processes, build_engine, start_processes  # noqa: E402
@@ -48,9 +50,14 @@ def main() -> int:
             continue
         if processes.rank == 0 and "stop_after" in case:
             threading.Thread(target=stop_after, args=(config.run.dir, case["stop_after"]), daemon=True).start()
-        with spoilt(case.get("spoil", {}), processes), out_of_memory(case.get("out_of_memory"), processes):
+        with (
+            spoilt(case.get("spoil", {}), processes),
+            out_of_memory(case.get("out_of_memory"), processes),
+            slow_copy(case.get("slow_copy")),
+        ):
             try:
                 statuses.append(train(config, open_datasets(config), processes))
+                assert "slow_copy" not in case or Path(case["slow_copy"]).exists(), "it left before the first one"
             except UserError as error:
                 if processes.rank == 0:
                     Path(case["message"]).write_text(str(error))
@@ -61,6 +68,23 @@ def main() -> int:
         spec.with_suffix(".statuses").write_text(json.dumps(statuses))
     processes.leave()
     return 0
+
+
+@contextmanager
+def slow_copy(done: str | None) -> Iterator[None]:
+    """Let the copies that the end of a run waits for take a second."""
+    close = Backup.close
+
+    def close_slowly(backup: Backup, *, hurry: bool, give_up: Callable[[], bool]) -> str | None:
+        for _ in range(5):
+            time.sleep(0.2)
+            assert not give_up()
+        message = close(backup, hurry=hurry, give_up=give_up)
+        Path(str(done)).touch()
+        return message
+
+    with mock.patch.object(Backup, "close", close_slowly) if done else nullcontext():
+        yield
 
 
 @contextmanager

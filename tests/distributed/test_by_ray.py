@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import launch.by_ray
+from pipeline.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,11 +42,14 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 def by_ray(
-    environment: dict[str, str], *arguments: str, command: Sequence[str] = ("-m", "launch.by_ray")
+    environment: dict[str, str],
+    *arguments: str,
+    command: Sequence[str] = ("-m", "launch.by_ray"),
+    cwd: Path = ROOT,
 ) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, *command, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -91,19 +95,20 @@ by_ray.run_command(by_ray.main)
 def test_a_node_that_fails_before_all_have_met_ends_the_others_with_its_status(
     environment: dict[str, str], run_config: Path, prepared_data: Path, tmp_path: Path
 ) -> None:
-    """The second node has no data where the first one has; the first waits for it."""
+    """The second node has no data where the first one has; the first waits for it. Paths are relative."""
     (tmp_path / "data0").symlink_to(prepared_data)
     run = by_ray(
         environment,
         "--processes-per-node=1",
         str(run_config),
-        f"run.dir={tmp_path / 'run'}",
-        f"data.path={tmp_path}/data${{oc.env:RANK,0}}",
+        "run.dir=run",
+        "data.path=data${oc.env:RANK,0}",
         command=("-c", IMPATIENT),
+        cwd=tmp_path,
     )
     output, _ = run.communicate(timeout=120)
     assert run.returncode == 2, output
-    assert "data1" in output
+    assert f"{tmp_path / 'data1'}: not a dataset" in output
     assert "ending what still runs on node 0" in output
 
 
@@ -116,7 +121,19 @@ def test_a_process_that_fails_ends_those_beside_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(launch.by_ray, "ROOT", tmp_path)
     monkeypatch.setattr(launch.by_ray, "_GRACE_SECONDS", 0.5)
     node = launch.by_ray.NodeProcesses()
-    assert node.run([{"RANK": "0"}, {"RANK": "1"}], []) == [128 + signal.SIGKILL]
+    assert node.run([{"RANK": "0"}, {"RANK": "1"}], [], str(tmp_path)) == [128 + signal.SIGKILL]
+
+
+def test_what_is_passed_on_to_the_processes(monkeypatch: pytest.MonkeyPatch, run_config: Path) -> None:
+    monkeypatch.setattr(launch.by_ray, "connect", lambda: None)
+    monkeypatch.setattr(launch.by_ray, "run", lambda *passed: passed)
+    monkeypatch.setattr(sys, "argv", ["by_ray", str(run_config), "train.tokens=2048", "--rollback", "--nodes=2"])
+    passed: object = launch.by_ray.main()
+    assert passed == ([str(run_config), "train.tokens=2048", "--rollback"], 2, None)
+    for option in ("--nodes", "--processes-per-node"):
+        monkeypatch.setattr(sys, "argv", ["by_ray", str(run_config), f"{option}=0"])
+        with pytest.raises(UserError, match=f"{option}: 0: give at least 1"):
+            launch.by_ray.main()
 
 
 def test_a_cluster_that_is_too_small_and_none_at_all(

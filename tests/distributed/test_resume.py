@@ -38,7 +38,10 @@ def folder(run_cases: Callable[..., list[int]], run_config: Path, tmp_path_facto
     for kind in KINDS:
         assert not (folder / f"cut-{kind}" / "DONE").exists()
     second = [case("cut", kind, mock, "run.resume=must") for kind in KINDS]
-    second.append(case("limited", "1", "run.resume=must", "run.max_hours=100"))
+    copies = {"slow_copy": str(folder / "copied")}
+    second.append(
+        case("limited", "1", "run.resume=must", "run.max_hours=100", f"checkpoint.copy_to={folder}", **copies)
+    )
     assert run_cases(folder, second, 2) == [0] * (len(KINDS) + 1)
     return folder
 
@@ -84,6 +87,12 @@ def test_random_numbers_go_on_as_without_a_mock_step(folder: Path, kind: str) ->
 def test_too_little_memory_is_found_before_the_run_exists(folder: Path) -> None:
     assert "asked for 3.00 GiB" in (folder / "message").read_text()
     assert not (folder / "small-1").exists()
+
+
+def test_processes_leave_together_when_all_is_copied(folder: Path) -> None:
+    """The launch would have failed if the second one had left before: some launchers kill the first one then."""
+    assert (folder / "copied").exists()
+    assert (folder / "step-00000008/manifest.json").exists()
 
 
 def test_a_run_at_its_time_limit_is_saved(folder: Path, metric: Callable[[Path, str], dict[int, float]]) -> None:

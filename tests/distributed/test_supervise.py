@@ -82,7 +82,7 @@ def test_a_killed_run_goes_on_and_a_signal_to_the_supervisor_stops_it_cleanly(
     assert json.loads((run_dir / "DONE").read_text())["step"] == saved + 2
 
 
-Supervise = Callable[[str], int]
+Supervise = Callable[..., int]
 
 
 @pytest.fixture
@@ -90,9 +90,9 @@ def supervise(run_config: Path, tmp_path: Path) -> Iterator[Supervise]:
     """Supervise a stand-in for launch/train.py, its text given, in this process; the exit status."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
-    def run(script: str) -> int:
+    def run(script: str, python: str = sys.executable) -> int:
         (tmp_path / "train.py").write_text(script)
-        command = [sys.executable, str(tmp_path / "train.py"), str(run_config), f"run.dir={tmp_path / 'run'}"]
+        command = [python, str(tmp_path / "train.py"), str(run_config), f"run.dir={tmp_path / 'run'}"]
         return Supervisor(*read_command(command), restarts=2, wait=0).run()
 
     yield run
@@ -193,13 +193,17 @@ def test_what_a_dead_launcher_leaves_on_another_machine_is_stopped(
     assert "on another machine: it is told to stop" in capsys.readouterr().err
 
 
-def test_commands_that_cannot_be_supervised(run_config: Path) -> None:
+def test_commands_that_cannot_be_supervised(supervise: Supervise, run_config: Path) -> None:
     with pytest.raises(UserError, match=r"no launch/train\.py in the command"):
         read_command(["deepspeed"])
     with pytest.raises(UserError, match="no config behind"):
         read_command(["deepspeed", "launch/train.py"])
     with pytest.raises(UserError, match="--resume: leave it out"):
         read_command(["deepspeed", "launch/train.py", str(run_config), "--resume"])
+    with pytest.raises(UserError, match=r"--rollback: leave it out; .* set bad_steps\.rollback=true"):
+        read_command(["deepspeed", "launch/train.py", str(run_config), "--rollback"])
+    with pytest.raises(UserError, match="no/such/launcher: cannot be started: No such file or directory"):
+        supervise("", python="no/such/launcher")
     command, config = read_command(["deepspeed", "launch/train.py", str(run_config), "run.dir=here"])
     assert command[-1] == "run.resume=auto"
     assert config.run.dir.name == "here"

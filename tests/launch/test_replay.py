@@ -102,10 +102,13 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert last_attempt(directory.metrics) == 0
     tracker = Tracker(directory, quiet(config), attempt=1)
     for step in range(4, 9):
-        tracker.log(step, {"train/loss": 20.0 - step})
+        tracker.log(step, {"train/loss": 20.0 - step, "train/tokens": 512.0 * step})
     tracker.close("FINISHED")
+    with open(directory.metrics, "a") as file:
+        file.write('{"time": 1, "attempt": 2, "sta')  # the next attempt begins to write
     sender = Sender(directory)
     sender.send_new()
+    assert list((directory.path / "artifacts").rglob("figures/loss.png"))
     assert history(directory, "train/loss") == [
         (1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (5, 5.0), (6, 14.0), (7, 13.0), (8, 12.0),
     ]  # fmt: skip
@@ -125,15 +128,43 @@ def test_a_restart_repeats_steps_and_the_store_keeps_the_first(config: RunConfig
     assert not Path("mlruns").exists()
 
 
-def test_runs_that_share_a_file_keep_their_artifacts_beside_it(config: RunConfig, tmp_path: Path) -> None:
-    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{tmp_path / 'mlflow.db'}", "enabled": False})
+def with_store(config: RunConfig, run_dir: Path, store: Path) -> RunConfig:
+    tracking = config.tracking.model_copy(update={"uri": f"sqlite:///{store}", "enabled": False})
+    run = config.run.model_copy(update={"dir": run_dir})
+    return config.model_copy(update={"run": run, "tracking": tracking})
+
+
+def test_runs_that_share_a_file_keep_their_artifacts_beside_it_and_it_can_be_moved(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    store, moved = tmp_path / "mlflow.db", tmp_path / "moved.db"
     for name in ("first", "second"):
-        run = config.run.model_copy(update={"dir": tmp_path / name})
-        shared = config.model_copy(update={"run": run, "tracking": tracking})
-        Tracker(open_directory(shared), shared, attempt=0).close("FINISHED")
-        Sender(RunDirectory(run.dir)).send_new()
+        shared = with_store(config, tmp_path / name, store)
+        directory = open_directory(shared)
+        tracker = Tracker(directory, shared, attempt=0)
+        tracker.log(1, {"train/loss": 4.0})
+        tracker.close("FINISHED")
+        directory.close()
+        Sender(directory).send_new()
     sent = {path.read_text() for path in (tmp_path / "artifacts").rglob("config.yaml")}
     assert sent == {(tmp_path / name / "config.yaml").read_text() for name in ("first", "second")}
+
+    before = json.loads(directory.tracking.read_text())["run_id"]
+    store.rename(moved)
+    shared = with_store(config, tmp_path / "second", moved)
+    tracker = Tracker(open_directory(shared), shared, attempt=1)
+    assert tracker.run_id is None, "whether the other store has the run is not known yet"
+    tracker.log(2, {"train/loss": 3.0})
+    tracker.close("FINISHED")
+    Sender(directory).send_new()
+    assert tracker.run_id == before
+    assert history(directory, "train/loss") == [(1, 4.0), (2, 3.0)]
+    assert not store.exists()
+
+    directory.facts.write_text(directory.facts.read_text().replace(config.tracking.experiment, "another"))
+    Sender(directory).send_new()
+    assert json.loads(directory.tracking.read_text())["run_id"] != before
+    assert history(directory, "train/loss") == [(1, 4.0), (2, 3.0)]
 
 
 def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:

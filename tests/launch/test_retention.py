@@ -1,5 +1,6 @@
 """Which checkpoints stay, and that deleting the others can be cut short anywhere."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -29,7 +30,7 @@ def steps_kept(steps: dict[int, float | None], **rules: Any) -> list[int]:
     [
         ({"keep": 1}, [90]),
         ({"keep": 3}, [70, 80, 90]),
-        ({"keep": 99}, [10, 20, 30, 40, 50, 60, 70, 80, 90]),
+        ({"keep": 99}, [5, 10, 20, 30, 40, 50, 60, 70, 80, 90]),
         ({"keep": 1, "keep_every_steps": 30}, [30, 60, 90]),
         ({"keep": 1, "keep_every_steps": 25}, [30, 50, 80, 90]),  # the first at or after 25, 50 and 75
         ({"keep": 1, "keep_every_steps": 100}, [90]),
@@ -38,7 +39,7 @@ def steps_kept(steps: dict[int, float | None], **rules: Any) -> list[int]:
     ],
 )
 def test_rules(rules: dict[str, Any], expected: list[int]) -> None:
-    losses = {10: 5.0, 20: 3.0, 30: None, 40: 1.0, 50: 1.0, 60: 2.0, 70: None, 80: 1.5, 90: 4.0}
+    losses = {5: math.nan, 10: 5.0, 20: 3.0, 30: None, 40: 1.0, 50: 1.0, 60: 2.0, 70: None, 80: 1.5, 90: 4.0}
     assert steps_kept(losses, **rules) == expected
 
 

@@ -140,6 +140,11 @@ def test_passwords_are_refused_and_not_shown(write_config: WriteConfig) -> None:
         ("tracking.uri=127.0.0.1:5000", "tracking.uri (command line): no address of an MLflow store: take http://"),
         ("tracking.uri=./mlruns", "no address of an MLflow store"),
         ("tracking.uri=sqlite://mlflow.db", "no address of an MLflow store"),
+        ("tracking.uri=sqlite:///", "no address of an MLflow store"),
+        ("tracking.experiment=''", "tracking.experiment (command line): String should have at least 1 character"),
+        ("run.dir=runs/why?", "runs/why?: MLflow's sqlite file cannot lie there"),
+        ("run.dir=runs/5%41", "runs/5%41: MLflow's sqlite file cannot lie there"),
+        ("deepspeed.zero_optimization.sub_group_size=.inf", "sub_group_size: inf is not a whole number"),
         ("tracking.uri=htp://me:s3cret@host", "no address of an MLflow store: take http://HOST:PORT or sqlite:////"),
     ],
 )
@@ -150,12 +155,18 @@ def test_values_that_would_fail_later(write_config: WriteConfig, override: str, 
     assert "s3cret" not in str(caught.value)
 
 
-def test_a_store_does_not_depend_on_the_working_directory(
+def test_paths_do_not_depend_on_the_working_directory(
     write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     path = write_config().absolute()
     monkeypatch.chdir(tmp_path)
     assert load_run_config(path, ["tracking.uri=sqlite:///m.db"]).tracking.uri == f"sqlite:///{tmp_path / 'm.db'}"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["tracking.uri=sqlite:///~/m.db", "run.dir=~/run", "run.init_from=~/old", "data.path=~/data"]
+    config = load_run_config(path, [*paths, "data.validation.valid.path=~/valid"])
+    assert config.tracking.uri == f"sqlite:///{tmp_path / 'm.db'}"
+    found = (config.run.dir, config.run.init_from, config.data.path, config.data.validation["valid"].path)
+    assert found == tuple(tmp_path / name for name in ("run", "old", "data", "valid"))
     for uri in ("sqlite:////data/m.db", "http://host:5000", "postgresql+psycopg://host/mlflow", "databricks"):
         assert load_run_config(path, [f"tracking.uri={uri}"]).tracking.uri == uri
 

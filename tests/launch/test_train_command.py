@@ -268,13 +268,14 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing(copied: Path) -> None
     assert not list(checkpoints.glob(".*"))
 
 
-def test_a_run_keeps_what_its_rules_say_and_what_it_was_resumed_from(copied: Path, prepared_data: Path) -> None:
+def test_a_resumed_run_obeys_its_settings_and_keeps_what_it_was_resumed_from(copied: Path, prepared_data: Path) -> None:
     checkpoints = copied / "run/checkpoints"
     for left in (".deleting-step-00000001", ".writing-step-00000003"):
         shutil.copytree(checkpoints / "step-00000002", checkpoints / left)
     rules = ["keep=1", "keep_every_steps=5", "keep_best=valid", "every_tokens=512"]
     validation = f"data.validation.valid={{path: {prepared_data}, split: valid}}"
     settings = [*(f"checkpoint.{rule}" for rule in rules), "evaluate.every_tokens=512", validation, "train.tokens=4608"]
+    settings += ["optimizer.betas=[0.5, 0.6]", "optimizer.eps=1e-4", "optimizer.weight_decay=0.3"]
     done = train(copied / "run.yaml", "--resume", *settings)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (copied / "run/metrics.jsonl").read_text().splitlines()]
@@ -286,6 +287,11 @@ def test_a_run_keeps_what_its_rules_say_and_what_it_was_resumed_from(copied: Pat
         *(f"step-{step:08d}" for step in sorted(expected)),
     ]
     assert (checkpoints / "latest").read_text() == "step-00000009\n"
+    # DeepSpeed's files have the settings of the run that wrote them; those of this start count.
+    (states,) = (checkpoints / "step-00000009/deepspeed").glob("*optim_states.pt")
+    saved = torch.load(states, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]["param_groups"]
+    found = [(tuple(group["betas"]), group["eps"], group["weight_decay"]) for group in saved]
+    assert found == [((0.5, 0.6), 1e-4, 0.3), ((0.5, 0.6), 1e-4, 0.0)]
 
 
 def test_copies_are_made_and_a_failing_place_does_not_end_the_run(copied: Path, tmp_path: Path) -> None:
