@@ -11,15 +11,8 @@ from typing import Any
 
 import torch
 
-# Dense bf16, by a part of the GPU's name: the first that fits.
-DATA_SHEET_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H200 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "A100": 312.0,
-}
+from flash_model.flops import data_sheet_tflops
+
 HEAD_START_CYCLES = 4_000_000  # about 2 ms: longer than Python takes to enqueue what is timed
 REPETITION_SECONDS = 0.3  # how long a short run is repeated
 CACHE_BYTES = 2**28  # written between repetitions; several times the L2 cache of any GPU
@@ -79,11 +72,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     described["copy_gb_per_s"] = _copy_rate(2**30 if device.type == "cuda" else 2**20, device)
     described["matmul_tflops"] = _product_rate(8192 if device.type == "cuda" else 256, device)
     return described
-
-
-def data_sheet_tflops(device: str) -> float | None:
-    """Return the dense bfloat16 rate of a GPU by its name; None where it is not known."""
-    return next((rate for name, rate in DATA_SHEET_TFLOPS.items() if name in device), None)
 
 
 def _copy_rate(elements: int, device: torch.device) -> float:

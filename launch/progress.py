@@ -7,36 +7,17 @@ from collections.abc import Iterator
 import torch
 
 from flash_model.config import count_parameters, flops_per_token
+from flash_model.flops import data_sheet_tflops
 from flash_model.ops.dispatch import use_kernel
 from launch.config import RunConfig, accumulation_steps
 from launch.engine import Processes
 from pipeline.mixture import Mixture
-
-PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H800 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H200 NVL": 835.0,
-    "H100": 989.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "B200": 2250.0,
-}
-"""Dense bf16 matrix throughput by the vendor's data sheets, TFLOP/s; the first whose name is part of a GPU's counts."""
 
 
 def say(message: str) -> None:
     """Print a line, from the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(message, flush=True)
-
-
-def known_peak(gpu: str) -> float | None:
-    """TFLOP/s of a GPU by the name that its driver gives it, None if it is not known."""
-    return next((peak for model, peak in PEAK_TFLOPS.items() if model in gpu), None)
 
 
 class Pace:
@@ -56,7 +37,7 @@ class Pace:
     def _known_peak(self, config: RunConfig) -> float | None:
         if not self._gpu or config.train.precision != "bf16":
             return None
-        return known_peak(torch.cuda.get_device_name())
+        return data_sheet_tflops(torch.cuda.get_device_name())
 
     def start_step(self) -> None:
         """A step begins: right where the one before ended, unless something else took place in between."""

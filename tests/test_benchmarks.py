@@ -316,12 +316,6 @@ def test_profile_of_a_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "A step of FLASH at 128, 512 tokens" in capsys.readouterr().out
 
 
-def test_data_sheets_of_gpus_that_share_a_part_of_their_name() -> None:
-    names = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835}
-    assert {name: machine.data_sheet_tflops(name) for name in names} == names
-    assert machine.data_sheet_tflops("CPU, 2 cores") is None
-
-
 def test_markdown_tables_are_aligned() -> None:
     text = markdown_table(["what", "ms"], [["a long name", "1"], ["b", "22.5"]])
     assert text.splitlines() == [

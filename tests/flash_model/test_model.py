@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flash_model.config import ModelConfig, count_parameters, flops_per_token
+from flash_model.flops import data_sheet_tflops
 from flash_model.lm import FlashLM, build_model, decayed_parameters
 from flash_model.positions import rotary_bias
 
@@ -241,3 +242,9 @@ def test_training_learns() -> None:
         losses.append(loss.item())
     assert losses[0] == pytest.approx(math.log(12), rel=0.05)
     assert losses[-1] < 0.3 * losses[0]
+
+
+def test_data_sheets_of_gpus_that_share_a_part_of_their_name() -> None:
+    names = {"NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA H200 NVL": 835}
+    assert {name: data_sheet_tflops(name) for name in names} == names
+    assert data_sheet_tflops("Tesla T4") is None

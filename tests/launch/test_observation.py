@@ -19,7 +19,7 @@ from launch.engine import Processes
 from launch.evaluate import evaluate
 from launch.layer_metrics import LayerMetrics
 from launch.profiling import Profiler
-from launch.progress import Pace, _short, known_peak, progress_line
+from launch.progress import Pace, _short, progress_line
 from launch.samples import read_prompts
 from pipeline.batches import Batch
 from pipeline.errors import UserError
@@ -228,8 +228,3 @@ def test_running_out_of_memory_is_explained_once(
     said = capsys.readouterr().err
     assert said.count("rank 0 ran out of GPU memory in phase backward of step 7: CUDA out of memory") == 1
     assert "lower train.micro_batch (2)" in said
-
-
-def test_the_peak_of_a_gpu_is_that_of_its_variant() -> None:
-    names = ("NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-80GB", "Tesla T4")
-    assert [known_peak(name) for name in names] == [989.0, 756.0, 835.0, 312.0, None]
