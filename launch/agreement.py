@@ -1,5 +1,6 @@
 """What the nodes of a run have in common, checked before it begins: settings, data, the file system of run.dir."""
 
+import os
 import socket
 import time
 import uuid
@@ -13,8 +14,8 @@ from pipeline.errors import UserError
 from pipeline.mixture import Mixture
 from pipeline.shards import TokenDataset
 
-PATIENCE_SECONDS = 60.0
-"""How late a node may see a new file, as on NFS."""
+PATIENCE_SECONDS = 90.0
+"""How late a node may see a new file: on NFS, that a directory was not there is remembered for a minute."""
 
 
 def check_same(
@@ -79,14 +80,14 @@ def _leave_mark(run_dir: Path) -> Path | None:
 
 
 def _remove_mark(mark: Path, *, directory_too: bool) -> None:
-    mark.unlink()
+    mark.unlink(missing_ok=True)
     if directory_too and not any(mark.parent.iterdir()):
         mark.parent.rmdir()
 
 
 def _appears(file: Path) -> bool:
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not file.exists():
+    while not os.path.exists(file):  # whatever keeps it from being seen
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)

@@ -1,5 +1,6 @@
 """The configuration of a run: every key of a run's YAML file, documented where it is declared."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -394,8 +395,8 @@ def _absolute(ref: Any) -> Any:
 
 
 def _from_home(path: Path) -> Path:
-    """An absolute path; a shell leaves the ~ of `run.dir=~/runs` as it is."""
-    return path.expanduser().absolute()
+    """An absolute path; a shell leaves the ~ of `run.dir=~/runs` as it is. ~name is a name where nobody has it."""
+    return Path(os.path.expanduser(path)).absolute()
 
 
 def accumulation_steps(config: RunConfig, world_size: int) -> int:

@@ -1,5 +1,6 @@
 """Sections of a run's configuration that keep it going: checkpoints, bad steps, the watchdog, MLflow."""
 
+import os
 from pathlib import Path
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
@@ -115,5 +116,5 @@ class TrackingSection(StrictModel):
         if scheme.partition("+")[0] not in TRACKING_SCHEMES or no_file:
             raise ValueError("no address of an MLflow store: take http://HOST:PORT or sqlite:////PATH/mlflow.db")
         if scheme == "sqlite":
-            return f"sqlite:///{Path(rest.removeprefix('///')).expanduser().absolute()}"
+            return f"sqlite:///{Path(os.path.expanduser(rest[3:])).absolute()}"
         return uri

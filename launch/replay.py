@@ -6,12 +6,14 @@ interrupted. A point has the time of its record: even one that two requests carr
 """
 
 import argparse
+import errno
 import fcntl
 import json
 import logging
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +162,7 @@ class Sender:
         from mlflow.entities import RunTag
 
         self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in self._facts["tags"].items()])
-        self._client.log_artifact(run_id, str(self._directory.config))
+        self._send_files(self._client.log_artifact, run_id, str(self._directory.config))
         self._client.update_run(run_id, status="RUNNING")
 
     def _log_datasets(self, run_id: str) -> None:
@@ -180,7 +182,7 @@ class Sender:
         names = folder_names(self._facts["datasets"])
         for name in dict.fromkeys(names[dataset["digest"]] for dataset in new.values()):
             if (folder := self._directory.data / name).is_dir():
-                self._client.log_artifacts(run_id, str(folder), f"data/{name}")
+                self._send_files(self._client.log_artifacts, run_id, str(folder), f"data/{name}")
         self._advance(datasets=[*self._state.get("datasets", ()), *new])
 
     def _send_metrics(self, records: list[dict[str, Any]]) -> None:
@@ -215,7 +217,7 @@ class Sender:
             self._begin_child(run_id, record["rollback"])
         elif "text" in record:
             if (path := self._directory.path / record["text"]).exists():
-                self._client.log_artifact(run_id, str(path), "samples")
+                self._send_files(self._client.log_artifact, run_id, str(path), "samples")
         elif "bad_step" in record:
             self._client.set_tag(run_id, f"bad_step.{record['step']}", json.dumps(record["bad_step"])[:5000])
         elif record["status"] == "RUNNING":
@@ -240,17 +242,20 @@ class Sender:
         run = self._client.get_run(run_id)
         experiment_id = run.info.experiment_id
         same = f"name = '{path.name}' AND source_run_id = '{run_id}'"
-        known = self._client.search_logged_models([experiment_id], filter_string=same, max_results=1)
-        if known:
-            model = known[0]
-        else:
-            model = mlflow.create_external_model(
+
+        def find() -> Any:
+            return self._client.search_logged_models([experiment_id], filter_string=same, max_results=1)
+
+        if not find():
+            self._send_files(
+                mlflow.create_external_model,
                 name=path.name,
                 source_run_id=run_id,
                 experiment_id=experiment_id,
                 model_type="checkpoint",
                 tags={"path": str(path), "step": str(record["step"])},
             )
+        (model,) = find()
         if model.model_id not in [output.model_id for output in run.outputs.model_outputs]:
             self._client.log_outputs(run_id, [LoggedModelOutput(model_id=model.model_id, step=record["step"])])
 
@@ -259,7 +264,19 @@ class Sender:
 
         figure = loss_curves(self._directory.metrics)
         if figure is not None:
-            self._client.log_figure(run_id, figure, "figures/loss.png")
+            self._send_files(self._client.log_figure, run_id, figure, "figures/loss.png")
+
+    def _send_files(self, send: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        """Send artifacts, unless this machine may not write where the store says that they lie: the records count.
+
+        A store that has moved with its run still names the place where it was made.
+        """
+        try:
+            send(*arguments, **keywords)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            logger.warning("files are in the run directory alone, MLflow's place for them cannot be written: %s", error)
 
 
 def replay(directory: RunDirectory, *, follow: int | None = None, attempt: int | None = None) -> int:

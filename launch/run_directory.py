@@ -87,15 +87,8 @@ class RunDirectory:
             raise UserError(
                 f"run.dir: cannot write to {self.path}: {error.strerror}; choose another directory"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise self._occupied() from error
-        except OSError as error:
-            raise UserError(
-                f"run.dir: {self.path}: its file system has no locks, which keep a second trainer out: "
-                f"{error.strerror}; mount it with them (Lustre: -o flock), or choose another directory"
-            ) from error
+        if not self._take(self._lock, fcntl.LOCK_EX):
+            raise self._occupied()
         if self._checked and self.opened != self._opened_before:
             raise UserError(
                 f"run.dir: another trainer has had {self.path} while this one was starting; start again, with --resume "
@@ -116,12 +109,22 @@ class RunDirectory:
         """Whether a trainer has the directory."""
         try:
             with open(self.path / "lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return not self._take(lock, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
+
+    def _take(self, lock: IO[str], kind: int) -> bool:
+        """Whether the lock could be had."""
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            return True
-        return False
+            return False
+        except OSError as error:
+            raise UserError(
+                f"run.dir: {self.path}: its file system has no locks, which keep a second trainer out: "
+                f"{error.strerror}; mount it with them (Lustre: -o flock), or choose another directory"
+            ) from error
+        return True
 
     def close(self) -> None:
         """Give up the lock."""

@@ -3,7 +3,7 @@
 The command is run with run.resume=auto until the run is done (exit status 0), and started again when it crashes. It is
 not when it stopped cleanly (75), met a user error (2) or bad numbers (70): that status is passed on. DONE decides
 whether the run is done, never the launcher's status, which can be 0 after a crash. On SIGTERM, SIGINT and SIGUSR1 the
-run saves and stops, by a STOP file.
+run saves and stops, by a STOP file; one that a person makes is obeyed between two starts too.
 """
 
 import argparse
@@ -41,7 +41,9 @@ class Supervisor:
     def __init__(self, command: Sequence[str], config: RunConfig, *, restarts: int, wait: float) -> None:
         self._command, self._config, self._restarts, self._wait = command, config, restarts, wait
         self._directory = RunDirectory(config.run.dir)
-        self._told = False
+        self._stop = self._directory.path / STOP_FILE
+        self._began = time.time()
+        self._signalled = False
 
     def run(self) -> int:
         """Run until there is nothing more to do; returns the run's exit status."""
@@ -82,7 +84,9 @@ class Supervisor:
             if self._told and not asked and self._directory.opened != opened_before:
                 asked = self._ask_to_stop()
             time.sleep(POLL_SECONDS)
-        self._see_off(job.pid, opened=self._directory.opened != opened_before)
+        # A start that was refused may have seen another trainer open the directory.
+        opened = self._directory.opened != opened_before and job.returncode != USER_ERROR_EXIT
+        self._see_off(job.pid, opened=opened)
         return job.returncode if job.returncode >= 0 else 128 - job.returncode
 
     def _see_off(self, session: int, *, opened: bool) -> None:
@@ -94,25 +98,37 @@ class Supervisor:
             _send(left, signal.SIGTERM)
             for process in psutil.wait_procs(left, timeout=patience)[1]:
                 _send([process], signal.SIGKILL)
-        if opened and self._directory.in_use:
+        goes_on = opened and self._directory.in_use
+        if goes_on:
             _say("the run goes on without its launcher, on another machine: it is told to stop")
             self._ask_to_stop()
             end = time.monotonic() + (patience or math.inf)
-            while self._directory.in_use and time.monotonic() < end:
+            while goes_on and time.monotonic() < end:
                 time.sleep(POLL_SECONDS)
+                goes_on = self._directory.in_use
+            if not goes_on:
+                self._stop.unlink(missing_ok=True)  # the next start is not meant
 
     def _ask_to_stop(self) -> bool:
         """Have the run stop after its next step; whether that could be asked for."""
-        stop = self._directory.path / STOP_FILE
         try:
-            stop.touch()
+            self._stop.touch()
         except OSError as error:
-            _say(f"warning: cannot make {stop}: {error.strerror}")
+            _say(f"warning: cannot make {self._stop}: {error.strerror}")
             return False
         return True
 
+    @property
+    def _told(self) -> bool:
+        """Whether somebody wants the end, by a signal or by a STOP file, which no start that comes later obeys."""
+        if self._signalled:
+            return True
+        with contextlib.suppress(OSError):
+            return self._stop.stat().st_mtime > self._began
+        return False
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._told = True
+        self._signalled = True
 
     def _pause(self) -> bool:
         """Wait before starting again; False if told to stop meanwhile."""

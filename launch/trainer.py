@@ -342,6 +342,7 @@ def _choose_start(
     if not processes.once(lambda: directory.exists):
         return None, None
     processes.once(directory.check_unused)
+    check_shared(directory.path, processes)  # where it is not, its checkpoints look damaged
     processes.once(lambda: set_aside(directory))
     back = plan_rollback(directory, processes) if config.bad_steps.rollback else None
     passed_over: list[str] = []

@@ -1,5 +1,6 @@
 """A run under `launch.supervise`: killed, told to stop, finished; and when it is not started again."""
 
+import fcntl
 import json
 import os
 import signal
@@ -191,6 +192,41 @@ def test_what_a_dead_launcher_leaves_on_another_machine_is_stopped(
     )
     assert status == 70
     assert "on another machine: it is told to stop" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("age", "expected", "starts"), [(0, 1, 1), (3600, 70, 2)])
+def test_a_stop_file_is_obeyed_between_two_starts(
+    supervise: Supervise, tmp_path: Path, age: float, expected: int, starts: int
+) -> None:
+    """A stand-in crashes beside a STOP file: of its time, which the next start would remove, or of an earlier run."""
+    (tmp_path / "run").mkdir()
+    status = supervise(
+        "import os, pathlib, sys, time\n"
+        f"stop, count = pathlib.Path({str(tmp_path / 'run/STOP')!r}), pathlib.Path({str(tmp_path / 'count')!r})\n"
+        "stop.touch()\n"
+        f"os.utime(stop, (time.time() - {age},) * 2)\n"
+        "started = int(count.read_text()) if count.exists() else 0\n"
+        "count.write_text(str(started + 1))\n"
+        "sys.exit(70 if started else 1)\n"
+    )
+    assert status == expected
+    assert (tmp_path / "count").read_text() == str(starts)
+
+
+def test_a_trainer_that_was_faster_is_not_stopped(supervise: Supervise, tmp_path: Path) -> None:
+    """A stand-in finds the directory opened by another trainer since it looked, and is refused."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with open(run_dir / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        timer = threading.Timer(10, lock.close)  # if it was told to stop, it would
+        timer.daemon = True
+        timer.start()
+        status = supervise(
+            f"import pathlib, sys\npathlib.Path({str(run_dir / 'config.yaml')!r}).touch()\nsys.exit(2)\n"
+        )
+    assert status == 2
+    assert not (run_dir / "STOP").exists()
 
 
 def test_commands_that_cannot_be_supervised(supervise: Supervise, run_config: Path) -> None:

@@ -1,5 +1,7 @@
 """Nodes that would train different things, or cannot write into one directory, are found before the run begins."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +13,8 @@ from launch import agreement
 from launch.agreement import check_same, check_shared
 from launch.config import RunConfig, load_run_config
 from launch.engine import Processes
-from launch.trainer import open_datasets
+from launch.run_directory import RunDirectory
+from launch.trainer import _choose_start, open_datasets
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -82,3 +85,30 @@ def test_a_run_directory_that_a_node_does_not_share_is_refused_and_not_left_behi
     with pytest.raises(UserError):
         check_shared(run_dir, OneOfTwo(0, []))
     assert not run_dir.exists()
+
+
+def test_a_node_that_lacks_the_run_to_be_continued_is_named_and_not_the_checkpoints(
+    config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot read its share of their files: all would be passed over, and the advice is to delete the directory."""
+    directory = RunDirectory(config.run.dir)
+    directory.open(config, {})
+    directory.close()
+    monkeypatch.setattr(agreement, "_appears", lambda mark: False)
+    again = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
+    with pytest.raises(UserError, match="is not the same directory on all nodes"):
+        _choose_start(again, RunDirectory(config.run.dir), open_datasets(config)[0], OneOfTwo(0, []))
+    assert directory.exists
+    assert not list(config.run.dir.glob(".mark-*"))
+
+
+def test_what_a_node_may_not_look_into_it_does_not_share(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stat(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(agreement, "PATIENCE_SECONDS", 0.0)
+    second = OneOfTwo(1, [tmp_path / "mark", None])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        with pytest.raises(UserError, match="is not the same directory on all nodes"):
+            check_shared(tmp_path, second)

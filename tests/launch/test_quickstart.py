@@ -16,7 +16,7 @@ def test_a_stage_that_is_interrupted_ends_by_itself(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            stages.run("data", "", ["sh", "-c", f"kill -INT $PPID; sleep 0.6; touch {tmp_path}/in-order"])
+            stages.run("data", "", ["sh", "-c", f"sleep 1; kill -INT $PPID; sleep 0.6; touch {tmp_path}/in-order"])
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "in-order").exists()

@@ -1,5 +1,6 @@
 """Every record reaches MLflow once, in the store at once or after a server that was dead."""
 
+import errno
 import json
 import math
 import os
@@ -165,6 +166,30 @@ def test_runs_that_share_a_file_keep_their_artifacts_beside_it_and_it_can_be_mov
     Sender(directory).send_new()
     assert json.loads(directory.tracking.read_text())["run_id"] != before
     assert history(directory, "train/loss") == [(1, 4.0), (2, 3.0)]
+
+
+def test_records_are_sent_where_files_cannot_be(
+    config: RunConfig, directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As from a run that has moved to a machine without the place where its store was made."""
+    from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/elsewhere")
+
+    for name in ("log_artifact", "log_artifacts"):
+        monkeypatch.setattr(LocalArtifactRepository, name, refuse)
+    tracker = Tracker(directory, quiet(config), attempt=0)
+    tracker.log(1, {"train/loss": 4.0, "train/tokens": 512.0})
+    tracker.checkpoint(1, directory.checkpoints / "step-00000001")
+    tracker.close("FINISHED")
+    sender = Sender(directory)
+    sender.send_new()
+    assert not sender.send_new()
+    assert history(directory, "train/loss") == [(1, 4.0)]
+    run = sender._client.get_run(str(tracker.run_id))
+    assert (run.info.status, len(run.outputs.model_outputs)) == ("FINISHED", 1)
+    assert len([line for line in caplog.messages if "cannot be written: [Errno 13] Permission denied" in line]) == 3
 
 
 def test_after_a_rollback_a_child_run_goes_on(config: RunConfig, directory: RunDirectory) -> None:

@@ -167,6 +167,7 @@ def test_paths_do_not_depend_on_the_working_directory(
     assert config.tracking.uri == f"sqlite:///{tmp_path / 'm.db'}"
     found = (config.run.dir, config.run.init_from, config.data.path, config.data.validation["valid"].path)
     assert found == tuple(tmp_path / name for name in ("run", "old", "data", "valid"))
+    assert load_run_config(path, ["run.dir=~nobody-has-it"]).run.dir == tmp_path / "~nobody-has-it"
     for uri in ("sqlite:////data/m.db", "http://host:5000", "postgresql+psycopg://host/mlflow", "databricks"):
         assert load_run_config(path, [f"tracking.uri={uri}"]).tracking.uri == uri
 

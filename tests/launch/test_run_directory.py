@@ -4,11 +4,11 @@ import errno
 import fcntl
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch.config import RunConfig, load_run_config
@@ -32,14 +32,14 @@ def handlers() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("handlers")
-@pytest.mark.parametrize(("age", "meant"), [(0, True), (3600, False)])
-def test_a_stop_file_made_while_the_run_starts_stops_it(config: RunConfig, age: float, meant: bool) -> None:
+@pytest.mark.parametrize(("after", "meant"), [(2, True), (-2, False)])
+def test_a_stop_file_made_while_the_run_starts_stops_it(config: RunConfig, after: float, meant: bool) -> None:
     """Between the start of the processes and the opening of the directory lie imports and compilation: minutes."""
     directory = RunDirectory(config.run.dir)
     directory.path.mkdir()
     stop = directory.path / "STOP"
     stop.touch()
-    made = time.time() + 5 - age
+    made = psutil.Process().create_time() + after
     os.utime(stop, (made, made))
     directory.open(config, {})
     assert stop.exists() == meant
@@ -70,8 +70,11 @@ def test_a_file_system_without_locks_is_named(config: RunConfig, monkeypatch: py
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    directory = RunDirectory(config.run.dir)
     with pytest.raises(UserError, match=r"run\.dir: .*run: its file system has no locks.*not implemented"):
-        RunDirectory(config.run.dir).open(config, {})
+        directory.open(config, {})
+    with pytest.raises(UserError, match="its file system has no locks"):  # a run that was copied there
+        directory.check_unused()
 
 
 @pytest.mark.usefixtures("handlers")
