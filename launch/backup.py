@@ -13,8 +13,9 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 
-from launch.checkpoint import list_checkpoints, read_manifest
-from launch.progress import say
+from launch.checkpoint import read_manifest
+from launch.console import say
+from launch.retention import list_checkpoints
 from pipeline.errors import UserError
 
 POLL_SECONDS = 0.2

@@ -23,7 +23,7 @@ from launch.bad_steps import History
 from launch.config import RunConfig
 from launch.conversion import Records, load_records, parameter_layout
 from launch.engine import Processes
-from launch.retention import Saved
+from launch.retention import Saved, list_checkpoints
 from pipeline.atomic import hash_file
 from pipeline.batches import DataState
 from pipeline.errors import UserError
@@ -42,11 +42,6 @@ class Progress:
     data: DataState
     attempt: int
     history: History
-
-
-def list_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints in `directory`, newest first. Those being written do not count."""
-    return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
 
 
 def saved_checkpoints(directory: Path) -> list[Saved]:

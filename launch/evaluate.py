@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from launch.config import RunConfig
+from launch.console import duration, say
 from launch.engine import Processes
-from launch.progress import duration, say
 from pipeline.batches import Batch, evaluation_batches
 from pipeline.masking import MaskedLM
 from pipeline.shards import TokenDataset

@@ -7,9 +7,9 @@ from flash_model.config import ModelConfig
 from flash_model.lm import build_model
 from launch.checkpoint import damage, newest_usable, read_manifest
 from launch.config import RunConfig
+from launch.console import say
 from launch.conversion import Records, load_records
 from launch.engine import Processes
-from launch.progress import say
 from pipeline.errors import UserError
 
 LISTED = 8

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from flash_model.config import count_parameters, flops_per_token
 from launch.backup import check_place
 from launch.config import RunConfig, accumulation_steps, load_run_config
+from launch.console import duration
 from launch.engine import Alone
 from launch.initial_weights import find_origin
 from launch.memory import GIB, OUTSIDE_TORCH, PARTS, estimate_memory, fitting_settings
-from launch.progress import duration
 from launch.run_directory import RunDirectory
 from launch.trainer import open_datasets
 from pipeline.errors import UserError, run_command

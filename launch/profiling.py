@@ -13,8 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from launch.config import RunConfig
+from launch.console import say
 from launch.engine import Processes
-from launch.progress import say
 
 HISTORY_ENTRIES = 200_000
 """Allocations and frees that are remembered: some hundred steps, and some hundred MB of host memory."""

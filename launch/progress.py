@@ -1,6 +1,5 @@
 """What a person sees of a running job: what it is, then one line a step, in a terminal or a log file."""
 
-import os
 import time
 from collections.abc import Iterator
 
@@ -10,14 +9,9 @@ from flash_model.config import count_parameters, flops_per_token
 from flash_model.flops import data_sheet_tflops
 from flash_model.ops.dispatch import use_kernel
 from launch.config import RunConfig, accumulation_steps
+from launch.console import duration
 from launch.engine import Processes
 from pipeline.mixture import Mixture
-
-
-def say(message: str) -> None:
-    """Print a line, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(message, flush=True)
 
 
 class Pace:
@@ -144,17 +138,3 @@ def _short(number: float) -> str:
     if not unit:
         return f"{value:.0f}"
     return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}{unit}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person writes them: 45s, 3m20s, 2h05m, 4d03h."""
-    if seconds != seconds:
-        return "?"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from launch.config import load_run_config
+from launch.console import duration
 from launch.engine import free_port
-from launch.progress import duration
 from launch.report import write_report
 from launch.run_directory import RunDirectory
 from pipeline.atomic import write_json

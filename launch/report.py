@@ -12,7 +12,7 @@ import numpy as np
 
 from flash_model.config import count_parameters
 from launch.config import RunConfig
-from launch.progress import duration
+from launch.console import duration
 from launch.records import whole_records
 from launch.run_directory import RunDirectory
 from pipeline.atomic import write_aside

@@ -20,6 +20,11 @@ class Saved:
     scores: dict[str, float]
 
 
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints in `directory`, newest first. Those being written do not count."""
+    return sorted((p for p in directory.glob("step-*") if p.is_dir()), reverse=True)
+
+
 def kept(saved: Collection[Saved], rules: CheckpointSection) -> set[Path]:
     """Those of `saved` that the rules keep.
 

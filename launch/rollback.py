@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.bad_steps import History, Ranges, describe_ranges, merge_ranges
-from launch.checkpoint import damage, list_checkpoints, read_manifest
+from launch.checkpoint import damage, read_manifest
 from launch.engine import Processes
+from launch.retention import list_checkpoints
 from launch.run_directory import RunDirectory
 from pipeline.atomic import write_aside, write_json
 from pipeline.batches import DataState

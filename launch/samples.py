@@ -12,8 +12,8 @@ import torch
 from flash_model.generate import Sampling, Tokenizer, generate_tokens, stream_text
 from flash_model.lm import FlashLM
 from launch.config import RunConfig
+from launch.console import say
 from launch.engine import Processes
-from launch.progress import say
 from pipeline.atomic import write_aside
 from pipeline.errors import UserError
 

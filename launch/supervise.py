@@ -20,9 +20,9 @@ from types import FrameType
 
 import psutil
 
-from launch.checkpoint import list_checkpoints
 from launch.config import RunConfig, load_run_config
-from launch.progress import duration
+from launch.console import duration
+from launch.retention import list_checkpoints
 from launch.run_directory import RunDirectory
 from launch.stop import STOP_FILE
 from pipeline.errors import USER_ERROR_EXIT, UserError, run_command

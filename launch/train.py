@@ -37,8 +37,8 @@ def main() -> int:
     processes = None
     try:
         from launch.config import accumulation_steps, load_run_config
+        from launch.console import say
         from launch.engine import check_hostfile, start_processes
-        from launch.progress import say
         from launch.run_directory import RunDirectory
         from launch.trainer import open_datasets, train
 

@@ -18,6 +18,7 @@ from launch.checkpoint import (
     read_manifest,
 )
 from launch.config import RunConfig, accumulation_steps, component_name
+from launch.console import say
 from launch.datasets_used import dataset_facts
 from launch.engine import Processes, build_engine, set_learning_rate, update
 from launch.evaluate import Validation, to_device
@@ -26,7 +27,7 @@ from launch.gradients import GradientNorms, discard_gradients, total_norm
 from launch.initial_weights import find_origin, load_weights
 from launch.layer_metrics import LayerMetrics
 from launch.profiling import Profiler
-from launch.progress import Pace, first_lines, progress_line, say
+from launch.progress import Pace, first_lines, progress_line
 from launch.rollback import Rollback, carry_out, pass_over, plan_rollback, record_stop, set_aside
 from launch.run_directory import RunDirectory
 from launch.samples import Samples, read_prompts

@@ -126,8 +126,8 @@ def test_no_module_loads_the_heavy_packages_when_imported() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", ["launch.config", "launch.replay", "launch.by_ray", "launch.system_metrics"])
+@pytest.mark.parametrize("module", ["config", "replay", "supervise", "by_ray", "system_metrics"])
 def test_what_runs_beside_training_does_not_load_torch(module: str) -> None:
     """It costs a second and 150 MB, on a node whose cores are busy."""
-    script = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    script = f"import sys, launch.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0

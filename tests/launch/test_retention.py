@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from launch.checkpoint import list_checkpoints
 from launch.config import load_run_config
 from launch.operation_config import CheckpointSection
-from launch.retention import Saved, kept, remove, remove_leftovers
+from launch.retention import Saved, kept, list_checkpoints, remove, remove_leftovers
 from launch.run_directory import RunDirectory
 from pipeline.errors import UserError
 
