@@ -26,13 +26,13 @@ def describe_sources(content: Content) -> Iterator[str]:
     files = list_files(content)
     for number, source in enumerate(content.sources):
         mine = [(file, _size(content, file)) for file in files if file.source == number]
-        yield f"{source.name} ({source.type}): {len(mine)} files, {sum(size for _, size in mine) / 1e6:,.1f} MB"
+        yield f"{source.name} ({source.type}): {len(mine)} files, {sum(size or 0 for _, size in mine) / 1e6:,.1f} MB"
         for file, size in mine[:5]:
-            yield f"  {file.name}  {size:,} bytes"
+            yield f"  {file.name}  " + ("left out (unreadable_file)" if size is None else f"{size:,} bytes")
         if len(mine) > 5:
             yield f"  and {len(mine) - 5} more"
         try:
-            yield from _first_rows(content, number, mine)
+            yield from _first_rows(content, number, [(file, size) for file, size in mine if size is not None])
         except read_errors() as error:
             raise UserError(f"{mine[0][0].url}: cannot be read: {error}") from None
 
@@ -105,15 +105,15 @@ def _columns(file: SourceFile) -> str:
     return ", ".join(f"{field.name}: {field.type}" for field in schema)
 
 
-def _size(content: Content, file: SourceFile) -> int:
-    """In bytes; 0 where it is not known, or the file is one that preparing leaves out."""
+def _size(content: Content, file: SourceFile) -> int | None:
+    """In bytes; 0 where it is not known; None: it cannot be read, and preparing would leave it out."""
     filesystem, path = open_filesystem(file.url, f"content.sources.{file.source}")
     try:
         size: Any = filesystem.size(path)
     except read_errors() as error:
         if content.clean.on_unreadable_file == "error":
             raise UserError(f"{file.url}: cannot be read: {error}") from None
-        size = 0
+        return None
     return int(size or 0)
 
 

@@ -1,10 +1,10 @@
 """Which files the paths of a source name: directories, globs and links, each file once and none left out unsaid."""
 
-import glob
+import fnmatch
 import os
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -13,6 +13,7 @@ from pipeline.locations import COMPRESSIONS, SourceFile, is_valid_text, is_web, 
 from pipeline.remote import retry
 
 _ARCHIVES = (".zip", ".tar", ".tgz", ".7z", *(f".tar{ending}" for ending in COMPRESSIONS))
+_LOST = "lost+found"  # a disk's, at its root: the file system check's alone, and closed to users
 
 
 def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: str) -> list[SourceFile]:
@@ -33,6 +34,10 @@ def find_files(source: int, name: str, paths: str | tuple[str, ...], pattern: st
                 files = _matching_files(filesystem, root)
             else:
                 files = [root] if kind else []
+        except PermissionError as error:
+            raise UserError(
+                f"{key}.path: {path}: {error}: make it readable, or name the rest in a list of paths"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.path: {path}: {error}") from None
         if kind == "directory":
@@ -99,7 +104,7 @@ def _local_files_below(root: str) -> Iterator[str]:
                 folders.clear()
                 continue
             walked.add(place)
-            folders.sort()
+            folders[:] = sorted(name for name in folders if name != _LOST)
             links += filter(os.path.islink, (os.path.join(folder, name) for name in folders))
             yield from (os.path.join(folder, name) for name in files)
 
@@ -127,11 +132,27 @@ def _matching_files(filesystem: Any, pattern: str) -> list[str]:
         matches = re.compile(glob_translate(pattern)).match
         return [file for file in _local_files_below(_fixed_part(pattern) or "/") if matches(file)]
     files: dict[str, str] = {}
-    for file in sorted(glob.glob(pattern, include_hidden=True), key=lambda file: (len(file), file)):
-        folder, _, name = file.rpartition("/")
+    below, place = len(_fixed_part(pattern)), cache(os.path.realpath)
+
+    def is_linked(file: str) -> bool:
+        folder = os.path.dirname(file)
+        return not place(folder).endswith(folder[below:])
+
+    for file in sorted(_local_matches(pattern), key=lambda file: (is_linked(file), file)):
         if not os.path.isdir(file):
-            files.setdefault(os.path.join(os.path.realpath(folder), name), file)
+            files.setdefault(os.path.join(place(os.path.dirname(file)), os.path.basename(file)), file)
     return list(files.values())
+
+
+def _local_matches(pattern: str) -> Iterator[str]:
+    """What a pattern without ** matches. Python's `glob` says nothing of a directory that cannot be listed."""
+    folder, _, name = pattern.rpartition("/")
+    for parent in _local_matches(folder) if _has_magic(folder) else [folder]:
+        if _has_magic(name):
+            names = fnmatch.filter(os.listdir(f"{parent}/"), name) if os.path.isdir(f"{parent}/") else []
+        else:
+            names = [name] if os.path.lexists(f"{parent}/{name}") else []
+        yield from (f"{parent}/{found}" for found in names if found != _LOST)
 
 
 def _kind(filesystem: Any, path: str, location: str) -> str | None:

@@ -168,11 +168,7 @@ class _Preparation:
         write_json(state, inputs)
 
     def _refuse_changes(self, old: dict[str, Any], new: dict[str, Any]) -> None:
-        changes = config_changes(old["content"], new["content"], "content")
-        changes += source_changes(old["sources"], new["sources"])
-        if "tokenizer" in new and old["tokenizer"]["sha256"] != new["tokenizer"]["sha256"]:
-            changes.append("content.tokenizer.path: another tokenizer")
-        if changes:
+        if changes := _changes(old, new):
             shown = changes[:10] + ([f"and {len(changes) - 10} more"] if len(changes) > 10 else [])
             raise UserError(
                 f"execution.output: {self.output} holds a dataset made from something else. What changed:\n  "
@@ -257,13 +253,15 @@ class _Preparation:
 
     def _refuse_changed_inputs(self, surveys: Sequence[Survey], workers: int) -> None:
         """Of a file that was written to while it was read, nobody knows which content the units hold."""
-        self._refuse_changes(read_json(self.workspace / "inputs.json"), self._inputs(surveys))
+        advice = f"delete {self.workspace}, in which text of both contents may lie, and start again."
+        if changes := _changes(read_json(self.workspace / "inputs.json"), self._inputs(surveys)):
+            raise UserError(f"{changes[0]}: changed while it was used: {advice}")
         read = [(found.file.url, found.state) for found in surveys if found.state]
         for urls in self._run(encode.changed_files, [(batch,) for batch in _batches(read, workers)]):
             if urls:
                 raise UserError(
                     f"{urls[0]}: changed after it was hashed. If only its time did, run the same command again. "
-                    f"Otherwise delete {self.workspace}, in which text of both contents may lie, and start again."
+                    f"Otherwise {advice}"
                 )
 
     def _write(self, units: int, ledger: encode.Ledger, tokenizer: Tokenizer) -> dict[str, list[ShardRecord]]:
@@ -353,6 +351,15 @@ class _Preparation:
                     for sample in samples:
                         line = {name: value for name, value in sample.items() if name != "order"}
                         file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between the inputs of two preparations, a line each."""
+    changes = config_changes(old["content"], new["content"], "content")
+    changes += source_changes(old["sources"], new["sources"])
+    if "tokenizer" in new and old["tokenizer"]["sha256"] != new["tokenizer"]["sha256"]:
+        changes.append("content.tokenizer.path: another tokenizer")
+    return changes
 
 
 def _batches(files: Sequence[R], workers: int) -> list[list[R]]:

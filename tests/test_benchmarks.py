@@ -138,7 +138,7 @@ def test_what_is_wrong_with_a_command_is_said_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(machine, "describe_machine", None)
+    monkeypatch.setattr(command, "describe_machine", None, raising=False)
     with pytest.raises(SystemExit) as left:
         run(command.main, monkeypatch, *arguments)
     assert left.value.code == 2

@@ -2,7 +2,9 @@
 
 import json
 import signal
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,13 +12,20 @@ from launch.quickstart import Stages
 from pipeline.errors import UserError, run_command
 
 
-def test_a_stage_that_is_interrupted_ends_by_itself(tmp_path: Path) -> None:
+def test_a_stage_that_is_interrupted_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C reaches both; what runs is not killed while it puts things in order."""
-    stages = Stages(tmp_path / "stages.json")
+    stages, wait, waiting = Stages(tmp_path / "stages.json"), subprocess.Popen.wait, tmp_path / "waiting"
+
+    def say_and_wait(process: subprocess.Popen[bytes], *arguments: Any) -> int:
+        waiting.touch()
+        return wait(process, *arguments)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", say_and_wait)
+    script = f"until [ -e {waiting} ]; do sleep 0.02; done; kill -INT $PPID; sleep 0.6; touch {tmp_path}/in-order"
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            stages.run("data", "", ["sh", "-c", f"sleep 1; kill -INT $PPID; sleep 0.6; touch {tmp_path}/in-order"])
+            stages.run("data", "", ["sh", "-c", script])
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "in-order").exists()

@@ -169,13 +169,13 @@ def test_a_truncated_compressed_file(tmp_path: Path, ending: str) -> None:
 
 
 def test_a_look_at_a_file_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere")
     source = {"type": "text", "path": str(tmp_path)}
-    with pytest.raises(UserError, match=r"gone\.txt: cannot be read: .*No such file"):
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read: .*No such file"):
         list(describe_sources(content_of(source)))
     lines = list(describe_sources(content_of(source, clean={"on_unreadable_file": "skip"})))
-    assert lines[1:] == ["  a.txt  1 bytes", "  gone.txt  0 bytes", "  first document: 'a'"]
+    assert lines[1:] == ["  a.txt  left out (unreadable_file)", "  b.txt  1 bytes", "  first document: 'b'"]
 
 
 def test_an_unreadable_file_in_the_manifest(make_config: MakeConfig, ray_address: str, tmp_path: Path) -> None:

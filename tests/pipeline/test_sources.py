@@ -135,7 +135,8 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(file.name)
     (texts / "linked").symlink_to(elsewhere)
-    (texts / "latest").symlink_to("v2")
+    for link in ("latest", "a", "z"):
+        (texts / link).symlink_to("v2")
     (texts / "v2" / "up").symlink_to("..")
     (texts / "link.txt").symlink_to(elsewhere / "c.txt")
 
@@ -153,19 +154,28 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files would be missing without a word."""
+    """Its files would be missing without a word. At a disk's root one of that kind is no user's."""
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "a.txt").write_text("a")
+    (tmp_path / "lost+found").mkdir()
+
+    def refusing(list_directory: Any) -> Any:
+        def refuse(path: str) -> Any:
+            if str(path).rstrip("/").endswith(("closed", "lost+found")):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return list_directory(path)
+
+        return refuse
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    sources = [{"type": "text", "path": str(tmp_path / path)} for path in ("", "*/*.txt", "**/*.txt")]
+    for source in sources:
+        assert [file.url for file in list_files(content(source))] == [f"file://{tmp_path}/open/a.txt"]
     (tmp_path / "closed").mkdir()
-    (tmp_path / "a.txt").write_text("a")
-    scandir = os.scandir
-
-    def refuse(path: str) -> Any:
-        if str(path).endswith("closed"):
-            raise PermissionError(errno.EACCES, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"content\.sources\.0\.path: .*Permission denied: '.*/closed'"):
-        list_files(content({"type": "text", "path": str(tmp_path)}))
+    for source in sources:
+        with pytest.raises(UserError, match=r"content\.sources\.0\.path: .*Permission denied: '.*/closed/?': make it"):
+            list_files(content(source))
 
 
 def test_files_of_a_package_and_of_another_file_system() -> None:
